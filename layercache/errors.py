@@ -1,0 +1,31 @@
+"""The errors that LayerCache raises. Each message states the symptom, the value and the fix."""
+
+from __future__ import annotations
+
+
+class LayerCacheError(Exception):
+    """Base of every error that LayerCache raises on purpose."""
+
+
+class StatsError(LayerCacheError, ValueError):
+    """A statistics file or object is malformed, truncated, or of an unsupported version."""
+
+
+class PlanError(LayerCacheError, ValueError):
+    """A plan file or object is malformed, truncated, or of an unsupported version."""
+
+
+class BudgetError(LayerCacheError, ValueError):
+    """A budget cannot be read or cannot be met."""
+
+
+class ModelMismatchError(LayerCacheError, ValueError):
+    """A plan or statistics belong to another model, schedule or setting."""
+
+
+class UnsupportedModelError(LayerCacheError, TypeError):
+    """No adapter knows this transformer class."""
+
+
+class UnknownWordError(LayerCacheError, ValueError):
+    """A caption has a word that the reference model was not trained on."""
