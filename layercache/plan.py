@@ -1,0 +1,457 @@
+"""`Plan`: which cells are computed and how the others are predicted, as a versioned JSON file.
+
+`plans/README.md` is the specification of the format. A plan knows no solver and no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from layercache.errors import ModelMismatchError, PlanError
+from layercache.stats import write_atomically
+
+SCHEMA_VERSION = 1
+REFRESH = "#"
+IDLE = "."
+SPANS = "0123456789abcdefghijklmnopqrstuvwxyz"
+MAX_SPAN = len(SPANS) - 1
+_MAX_FILE_BYTES = 16 * 2**20
+_MAX_STEPS = 10_000
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelFingerprint(_Frozen):
+    """What must match exactly: the transformer's class, its block lists and its architecture."""
+
+    class_name: str
+    block_lists: dict[str, int]
+    architecture: str
+
+
+class Budget(_Frozen):
+    """What a plan may spend: a share of the transformer's compute, or the speedup to reach.
+
+    Args:
+        fraction: Share of full transformer compute, in (0, 1].
+        speedup: Least predicted speedup of the whole generation, at least 1.
+
+    Exactly one is given. `Budget.parse` also reads `"1.37x"` and `0.73`.
+
+    Example:
+        >>> Budget.parse("2x")
+        Budget(fraction=None, speedup=2.0)
+    """
+
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    speedup: float | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if (self.fraction is None) == (self.speedup is None):
+            raise ValueError("give exactly one of fraction and speedup")
+        return self
+
+    @classmethod
+    def parse(cls, value: Budget | float | str) -> Budget:
+        """Read `Budget(...)`, a share such as 0.73, or a speedup such as "1.37x".
+
+        Raises:
+            PlanError: The value is none of these.
+        """
+        if isinstance(value, Budget):
+            return value
+        text = str(value).strip().lower()
+        try:
+            if text.endswith("x"):
+                return cls(speedup=float(text[:-1]))
+            return cls(fraction=float(text))
+        except ValueError as error:
+            raise PlanError(
+                f"budget {value!r} cannot be read: give a share in (0, 1] such as 0.73, "
+                'a speedup of at least 1 such as "1.37x", or a Budget'
+            ) from error
+
+    def __str__(self) -> str:
+        if self.speedup is not None:
+            return f"{self.speedup:g}x"
+        return f"{self.fraction:.3f} of the compute"
+
+
+class Predicted(_Frozen):
+    """What the statistics foretell. None of it is a measurement of the running plan.
+
+    `psnr_db` is the mean over calibration prompts, against the uncached image; `cache_bytes` the
+    peak of all stored tensors for one image.
+    """
+
+    speedup: float
+    compute_share: float
+    psnr_db: float | None
+    psnr_worst_db: float | None
+    cache_bytes: int
+
+
+class Certificate(_Frozen):
+    """The solver's objective, a proven lower bound of it, and the relative gap between them."""
+
+    solver: str
+    gains: str
+    power: float
+    objective: float
+    lower_bound: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A unit's row, resolved to step numbers.
+
+    All tuples have one entry a step. `anchor` and `base` are -1 where there is none. `weight` is
+    the factor w of the prediction `r_anchor + w (r_anchor - r_base)`, or of the correction
+    `v + w (v - v_base)` at a refreshed step. `last_use[s]` is the last step that reads what step s
+    stored, or -1.
+    """
+
+    refresh: tuple[bool, ...]
+    cached: tuple[bool, ...]
+    anchor: tuple[int, ...]
+    base: tuple[int, ...]
+    weight: tuple[float, ...]
+    last_use: tuple[int, ...]
+
+    def stored_at(self, step: int) -> int:
+        """How many of this unit's tensors are held while `step` runs."""
+        return sum(1 for s in range(step + 1) if self.last_use[s] >= max(step, s + 1))
+
+
+class UnitPlan(_Frozen):
+    """One row: the whole step (`kind="step"`), or a group of blocks.
+
+    `cells` has one symbol a step: `#` computed; `0` the anchor reused; `1`-`9`, `a`-`z` predicted
+    with span K = 1..35, whose base is the unit's latest refresh at least K steps before its anchor;
+    `.` (groups only) idle, since the whole step is skipped. `gains` has one number a step, or is
+    absent for the published predictor (gain 1 wherever K > 0).
+    """
+
+    kind: Literal["step", "group"]
+    cells: str
+    block_list: str | None = None
+    start: int | None = None
+    stop: int | None = None
+    gains: tuple[float, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """`step`, or for example `transformer_blocks[0:8]`."""
+        return "step" if self.kind == "step" else f"{self.block_list}[{self.start}:{self.stop}]"
+
+    @model_validator(mode="after")
+    def _valid(self) -> UnitPlan:
+        place = (self.block_list, self.start, self.stop)
+        if self.kind == "step" and place != (None, None, None):
+            raise ValueError("the step unit has no block_list, start or stop")
+        if self.kind == "group":
+            if self.block_list is None or self.start is None or self.stop is None:
+                raise ValueError("a group needs block_list, start and stop")
+            if not 0 <= self.start < self.stop:
+                raise ValueError(f"blocks {self.start}:{self.stop} are none")
+        if not self.cells.startswith(REFRESH):
+            raise ValueError(f"cells[0] is {self.cells[:1]!r}; the first step must be refreshed")
+        for step, symbol in enumerate(self.cells):
+            if symbol not in SPANS and symbol != REFRESH and (
+                symbol != IDLE or self.kind == "step"
+            ):
+                raise ValueError(f"cells[{step}] is {symbol!r}, which is no symbol of this unit")
+        if self.gains is not None and len(self.gains) != len(self.cells):
+            raise ValueError(f"{len(self.gains)} gains for {len(self.cells)} cells")
+        return self
+
+    def schedule(self, sigmas: tuple[float, ...]) -> Schedule:
+        """Anchors, bases and weights of every step.
+
+        Raises:
+            PlanError: A span reaches before the unit's first refresh, or a gain stands where no
+                prediction is made.
+        """
+        steps = len(self.cells)
+        refreshes: list[int] = []
+        anchor, base, weight = [-1] * steps, [-1] * steps, [0.0] * steps
+        for step, symbol in enumerate(self.cells):
+            gain = None if self.gains is None else self.gains[step]
+            if symbol == REFRESH:
+                if gain:
+                    if self.kind != "step" or not refreshes:
+                        raise PlanError(
+                            f"{self.name}.gains[{step}] is {gain}, but a refreshed "
+                            "cell takes a gain only in the step unit, after its first refresh"
+                        )
+                    base[step], weight[step] = refreshes[-1], gain
+                refreshes.append(step)
+            elif symbol != IDLE:
+                anchor[step] = refreshes[-1]
+                span = SPANS.index(symbol)
+                if span == 0:
+                    if gain:
+                        raise PlanError(
+                            f"{self.name}.gains[{step}] is {gain}, but the cell is plain reuse "
+                            "(K = 0): set the gain to 0 or give the cell a span"
+                        )
+                    continue
+                earlier = [s for s in refreshes if s <= anchor[step] - span]
+                if not earlier:
+                    raise PlanError(
+                        f"{self.name}.cells[{step}] has span {span}, but no refresh lies that far "
+                        f"before its anchor, step {anchor[step]}"
+                    )
+                base[step] = earlier[-1]
+                slope = sigmas[anchor[step]] - sigmas[base[step]]
+                rise = (sigmas[step] - sigmas[anchor[step]]) / slope
+                weight[step] = (1.0 if gain is None else gain) * rise
+            elif gain:
+                raise PlanError(f"{self.name}.gains[{step}] is {gain} at an idle cell")
+        last_use = [-1] * steps
+        for step in range(steps):
+            for source in (anchor[step], base[step]):
+                if source >= 0:
+                    last_use[source] = step
+        return Schedule(
+            refresh=tuple(c == REFRESH for c in self.cells),
+            cached=tuple(c in SPANS for c in self.cells),
+            anchor=tuple(anchor),
+            base=tuple(base),
+            weight=tuple(weight),
+            last_use=tuple(last_use),
+        )
+
+
+class Plan(_Frozen):
+    """A schedule for one model, with what was predicted of it and a certificate.
+
+    Example:
+        >>> plan = Plan.load("plan.json")  # doctest: +SKIP
+        >>> print(plan.summary())  # doctest: +SKIP
+    """
+
+    schema_version: Literal[1] = 1
+    generator: str
+    model: ModelFingerprint
+    setting: dict[str, Any]
+    sigmas: tuple[float, ...]
+    branches: int = Field(ge=1)
+    units: tuple[UnitPlan, ...]
+    budget: Budget
+    predicted: Predicted
+    certificate: Certificate
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _valid(self) -> Plan:
+        steps = len(self.sigmas) - 1
+        if not 1 <= steps <= _MAX_STEPS:
+            raise ValueError(f"sigmas has {len(self.sigmas)} values; 2 to {_MAX_STEPS + 1} can be")
+        if any(a <= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
+            raise ValueError("sigmas must fall strictly")
+        for index, unit in enumerate(self.units):
+            if len(unit.cells) != steps:
+                raise ValueError(f"units[{index}].cells has {len(unit.cells)} cells for {steps}")
+        if sum(unit.kind == "step" for unit in self.units) > 1:
+            raise ValueError("units holds more than one step unit")
+        taken: dict[str, int] = {}
+        for index, unit in enumerate(self.units):
+            if unit.kind == "group":
+                name, start, stop = str(unit.block_list), unit.start or 0, unit.stop or 0
+                if start < taken.get(name, 0):
+                    raise ValueError(f"units[{index}] ({unit.name}) overlaps the group before it")
+                if stop > self.model.block_lists.get(name, 0):
+                    raise ValueError(f"units[{index}] ({unit.name}) is not in model.block_lists")
+                taken[name] = stop
+        skipped = [not run for run in self.run_steps]
+        for index, unit in enumerate(self.units):
+            idle = [symbol == IDLE for symbol in unit.cells]
+            if unit.kind == "group" and idle != skipped:
+                step = next(i for i in range(steps) if idle[i] != skipped[i])
+                raise ValueError(
+                    f"units[{index}].cells[{step}] is {unit.cells[step]!r}: a group is idle (.) "
+                    "at just those steps that the step unit skips"
+                )
+        try:
+            for unit in self.units:
+                unit.schedule(self.sigmas)
+        except PlanError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.sigmas) - 1
+
+    @property
+    def step_unit(self) -> UnitPlan | None:
+        """The row of the whole step, if the plan has one."""
+        return next((unit for unit in self.units if unit.kind == "step"), None)
+
+    @property
+    def groups(self) -> tuple[UnitPlan, ...]:
+        """The rows of block groups, in order."""
+        return tuple(unit for unit in self.units if unit.kind == "group")
+
+    @property
+    def run_steps(self) -> tuple[bool, ...]:
+        """(T,) whether the transformer runs at each step."""
+        unit = self.step_unit
+        if unit is None:
+            return (True,) * self.num_steps
+        return tuple(symbol == REFRESH for symbol in unit.cells)
+
+    @cached_property
+    def schedules(self) -> dict[str, Schedule]:
+        """Every unit's resolved row, by unit name."""
+        return {unit.name: unit.schedule(self.sigmas) for unit in self.units}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back to an equal plan."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Validate plain values.
+
+        Raises:
+            PlanError: The version is unknown, or a value is wrong; the message gives its path.
+        """
+        version = data.get("schema_version") if isinstance(data, Mapping) else None
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise PlanError(
+                f"the plan has schema_version {version!r}; this LayerCache reads version "
+                f"{SCHEMA_VERSION}: upgrade LayerCache or compile the plan again"
+            )
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
+            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+            raise PlanError(f"plan{path}: {first['msg']}{more}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file atomically, a line a row of cells."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(path, (_one_line_arrays(text) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read and validate a file.
+
+        Raises:
+            PlanError: The file is missing, truncated, malformed, or of an unsupported version.
+        """
+        source = Path(path)
+        try:
+            if source.stat().st_size > _MAX_FILE_BYTES:
+                raise PlanError(f"{path}: {source.stat().st_size} bytes are no plan; refused")
+            data = json.loads(source.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        except FileNotFoundError:
+            raise PlanError(f"{path}: no such plan file") from None
+        except (OSError, ValueError, RecursionError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(
+                f"{path}: not a whole plan file ({error}); compile it again or restore a copy"
+            ) from error
+        if not isinstance(data, dict):
+            raise PlanError(f"{path}: a plan is a JSON object, not a {type(data).__name__}")
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def check(
+        self, model: Mapping[str, Any], setting: Mapping[str, Any] | None = None
+    ) -> list[str]:
+        """Compare with a model's fingerprint; returns warnings about soft differences.
+
+        Raises:
+            ModelMismatchError: The class, block lists or architecture differ.
+        """
+        for name, mine in self.model.model_dump().items():
+            theirs = model.get(name)
+            if mine != theirs:
+                raise ModelMismatchError(
+                    f"this plan is for another model: {name} is {mine!r} in the plan and "
+                    f"{theirs!r} in the model; compile a plan from statistics of this model"
+                )
+        return [
+            f"{name} is {self.setting[name]!r} in the plan and {value!r} here"
+            for name, value in (setting or {}).items()
+            if name in self.setting and self.setting[name] != value
+        ]
+
+    def cache_bytes(
+        self, group_bytes: Mapping[str, int], velocity_bytes: int, output_bytes: int
+    ) -> int:
+        """Peak bytes of all tensors that the runtime holds between steps, for one image.
+
+        A residual is held from its refresh until the last step that reads it; the step unit holds
+        guided outputs likewise, and the branches' outputs of the last computed step wherever a
+        step is skipped.
+        """
+        peak = 0
+        for step in range(self.num_steps):
+            held = 0
+            for unit in self.units:
+                count = self.schedules[unit.name].stored_at(step)
+                if unit.kind == "group":
+                    held += count * group_bytes[unit.name]
+                else:
+                    cached = self.schedules[unit.name].cached
+                    after = cached[step] or (step + 1 < self.num_steps and cached[step + 1])
+                    held += count * velocity_bytes + (output_bytes if after else 0)
+            peak = max(peak, held)
+        return peak
+
+    def summary(self) -> str:
+        """The grid and the figures, for a person."""
+        p, c = self.predicted, self.certificate
+        width = max(len(unit.name) for unit in self.units) if self.units else 4
+        ruler = "".join(str((s // 10) % 10) if s % 10 == 0 else " " for s in range(self.num_steps))
+        lines = [
+            f"Plan for {self.model.class_name}, {self.num_steps} steps, budget {self.budget}",
+            f"  {'step':<{width}}  {ruler}",
+        ]
+        for unit in self.units:
+            refreshed = unit.cells.count(REFRESH)
+            lines.append(f"  {unit.name:<{width}}  {unit.cells}  {refreshed} computed")
+        psnr = "unknown"
+        if p.psnr_db is not None and p.psnr_worst_db is not None:
+            psnr = f"{p.psnr_db:.1f} dB (worst prompt {p.psnr_worst_db:.1f})"
+        lines += [
+            "  # computed   0 reused   1-9, a-z predicted with span K   . the step is skipped",
+            f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
+            f"PSNR {psnr}, cache {p.cache_bytes / 2**20:.2f} MiB an image",
+            f"  certificate: {c.solver}, {c.gains} gains, objective {c.objective:.4g}, "
+            f"lower bound {c.lower_bound:.4g}, gap {100 * c.gap:.2f} %",
+        ]
+        return "\n".join(lines)
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _one_line_arrays(text: str) -> str:
+    """Put every array of numbers on one line, so that a diff shows a row as a line."""
+    # A raw line break cannot stand inside a JSON string, so no string is touched.
+    return re.sub(r"\[\n[-+.0-9eE,\s]*\]", lambda match: " ".join(match[0].split()), text)

@@ -1,0 +1,379 @@
+"""`CalibrationStats`: what one calibration measured, and the `.npz` file that holds it.
+
+Shape suffixes: P prompts, T steps, G groups, M lags, S sketch size.
+
+A statistics file is an *uncompressed* `.npz` without pickled objects: a member can then never
+declare more bytes than the file really has, so that a hostile or truncated file is refused before
+anything large is allocated.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layercache.errors import ModelMismatchError, StatsError
+
+FloatArray = NDArray[np.floating[Any]]
+
+SCHEMA_VERSION = 1
+_ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain")
+_META = "meta"
+_MAX_META_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Contiguous blocks `start` (included) to `stop` (excluded) of one block list."""
+
+    block_list: str
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise StatsError(
+                f"group {self.block_list}[{self.start}:{self.stop}] has no blocks: "
+                "0 <= start < stop must hold"
+            )
+
+    @property
+    def name(self) -> str:
+        """For example `transformer_blocks[0:8]`."""
+        return f"{self.block_list}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationStats:
+    """Sketched velocities and velocity deltas of P prompts, with times and bytes.
+
+    The velocity delta D[t, g, lag] is the change of the guided model output at step t when group g
+    adds the residual it had at step t - lag instead of its own. Vectors are stored as linear
+    sketches with one seed, so inner products between any two of them are kept.
+
+    Attributes:
+        sigmas: (T+1,) noise levels, strictly falling, the last one 0.
+        groups: The G groups, in execution order.
+        branches: Transformer calls a step (2 for sequential classifier-free guidance).
+        velocities: (P, T, S) float32, sketches of the guided output of each step.
+        deltas: (P, T, G, M, S) float32, sketches of D; zero where t - lag < 0.
+        times_ms: (P, G+2) float64, milliseconds a step of each group (all branches), then of what
+            a computed step spends outside the groups, then of what every step spends outside the
+            transformer.
+        image_gain: (P,) mean squared pixel change (images in [0, 1]) per mean squared change of the
+            final latent.
+        group_bytes: (G,) bytes of one stored residual of each group, all branches, per image.
+        velocity_bytes: Bytes of one stored guided output, per image.
+        output_bytes: Bytes of the transformer's outputs of one step, all branches, per image.
+        numel: Elements of the guided output, per image.
+        sketch_seed: Seed of the sketch.
+        prompt_ids: P identifiers, each a digest of a prompt and its seed; sorted, all different.
+        model: Hard fingerprint: transformer class, block lists, architecture hash.
+        setting: Soft fingerprint: scheduler, guidance, resolution, dtype and so on.
+
+    Example:
+        >>> stats = CalibrationStats.load("stats.npz")  # doctest: +SKIP
+        >>> stats.num_steps, stats.num_groups  # doctest: +SKIP
+        (50, 4)
+    """
+
+    sigmas: FloatArray
+    groups: tuple[Group, ...]
+    branches: int
+    velocities: FloatArray
+    deltas: FloatArray
+    times_ms: FloatArray
+    image_gain: FloatArray
+    group_bytes: tuple[int, ...]
+    velocity_bytes: int
+    output_bytes: int
+    numel: int
+    sketch_seed: int
+    prompt_ids: tuple[str, ...]
+    model: dict[str, Any]
+    setting: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        _validate(self)
+        for name in _ARRAYS:
+            getattr(self, name).setflags(write=False)
+
+    @property
+    def num_prompts(self) -> int:
+        """P."""
+        return int(self.velocities.shape[0])
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.sigmas) - 1
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.groups)
+
+    @property
+    def max_lag(self) -> int:
+        """M."""
+        return int(self.deltas.shape[3])
+
+    @property
+    def group_ms(self) -> FloatArray:
+        """(G,) median milliseconds a step of each group, all branches."""
+        result: FloatArray = np.median(self.times_ms[:, :-2], axis=0)
+        return result
+
+    @property
+    def rest_ms(self) -> float:
+        """Median milliseconds a computed step spends in the transformer outside the groups."""
+        return float(np.median(self.times_ms[:, -2]))
+
+    @property
+    def overhead_ms(self) -> float:
+        """Median milliseconds every step spends outside the transformer."""
+        return float(np.median(self.times_ms[:, -1]))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file atomically: a reader sees the old file or the whole new one."""
+        meta: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "groups": [asdict(group) for group in self.groups],
+        }
+        for name in _meta_fields():
+            meta[name] = getattr(self, name)
+        text = json.dumps(meta, sort_keys=True).encode()
+        buffer = io.BytesIO()
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        np.savez(buffer, **{_META: np.frombuffer(text, dtype=np.uint8)}, **arrays)
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:
+        """Read and validate a file.
+
+        Raises:
+            StatsError: The file is missing, truncated, malformed, compressed, of a newer version,
+                or holds NaN.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return _read(archive, str(path))
+        except FileNotFoundError:
+            raise StatsError(f"{path}: no such statistics file") from None
+        except (zipfile.BadZipFile, EOFError, OSError, KeyError, NotImplementedError) as error:
+            raise StatsError(
+                f"{path}: not a whole statistics file ({error}); calibrate again or restore a copy"
+            ) from error
+
+    def merge(self, other: CalibrationStats) -> CalibrationStats:
+        """Statistics of both sets of prompts; the same whatever the order or the split.
+
+        Raises:
+            ModelMismatchError: Something other than the prompts differs; the message names it.
+            StatsError: A prompt stands in both.
+        """
+        for name in ("groups", "branches", "max_lag", "numel", "sketch_seed", "model", "setting"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ModelMismatchError(
+                    f"cannot merge statistics: {name} differs ({mine!r} and {theirs!r})"
+                )
+        if self.velocities.shape[2] != other.velocities.shape[2]:
+            raise ModelMismatchError(
+                "cannot merge statistics: sketch size differs "
+                f"({self.velocities.shape[2]} and {other.velocities.shape[2]})"
+            )
+        if not np.array_equal(self.sigmas, other.sigmas):
+            raise ModelMismatchError("cannot merge statistics: sigmas differ")
+        both = sorted(set(self.prompt_ids) & set(other.prompt_ids))
+        if both:
+            raise StatsError(
+                f"cannot merge statistics: {len(both)} prompts stand in both, the first is "
+                f"{both[0]}; merge each file once"
+            )
+        ids = self.prompt_ids + other.prompt_ids
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+
+        def joined(name: str) -> FloatArray:
+            rows: FloatArray = np.concatenate([getattr(self, name), getattr(other, name)])[order]
+            return rows
+
+        return CalibrationStats(
+            sigmas=self.sigmas,
+            groups=self.groups,
+            prompt_ids=tuple(ids[i] for i in order),
+            **{name: joined(name) for name in _ARRAYS if name != "sigmas"},
+            **{name: getattr(self, name) for name in _meta_fields() if name != "prompt_ids"},
+        )
+
+    def select(self, indices: list[int]) -> CalibrationStats:
+        """The same statistics with only some prompts (positions in `prompt_ids`)."""
+        kept = sorted(set(indices))
+        return CalibrationStats(
+            sigmas=self.sigmas,
+            groups=self.groups,
+            prompt_ids=tuple(self.prompt_ids[i] for i in kept),
+            **{name: getattr(self, name)[kept] for name in _ARRAYS if name != "sigmas"},
+            **{name: getattr(self, name) for name in _meta_fields() if name != "prompt_ids"},
+        )
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        full = float(self.group_ms.sum()) + self.rest_ms
+        lines = [
+            f"CalibrationStats of {self.model.get('class_name', '?')}",
+            f"  prompts {self.num_prompts}, steps {self.num_steps}, groups {self.num_groups}, "
+            f"lags {self.max_lag}, sketch {self.velocities.shape[2]}",
+            f"  a step: {full:.2f} ms in the transformer, {self.overhead_ms:.2f} ms outside it",
+        ]
+        for index, group in enumerate(self.groups):
+            norm = float(np.sqrt((self.deltas[:, 1:, index, 0] ** 2).sum(-1)).mean())
+            speed = float(np.sqrt((self.velocities[:, 1:] ** 2).sum(-1)).mean())
+            lines.append(
+                f"  {group.name:<32} {self.group_ms[index]:8.2f} ms   "
+                f"delta at lag 1: {100 * norm / speed:.3f} % of the velocity"
+            )
+        return "\n".join(lines)
+
+
+def _meta_fields() -> tuple[str, ...]:
+    return (
+        "branches",
+        "group_bytes",
+        "velocity_bytes",
+        "output_bytes",
+        "numel",
+        "sketch_seed",
+        "prompt_ids",
+        "model",
+        "setting",
+    )
+
+
+def _validate(stats: CalibrationStats) -> None:
+    sigmas, groups = stats.sigmas, len(stats.groups)
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise StatsError(f"sigmas has shape {sigmas.shape}; it needs T+1 >= 2 values")
+    steps = len(sigmas) - 1
+    if stats.velocities.ndim != 3:
+        raise StatsError(f"velocities has shape {stats.velocities.shape}; it must be (P, T, S)")
+    prompts, _, size = stats.velocities.shape
+    lags = stats.deltas.shape[3] if stats.deltas.ndim == 5 else 0
+    expected = {
+        "velocities": (prompts, steps, size),
+        "deltas": (prompts, steps, groups, lags, size),
+        "times_ms": (prompts, groups + 2),
+        "image_gain": (prompts,),
+    }
+    for name, shape in expected.items():
+        array = getattr(stats, name)
+        if array.shape != shape:
+            raise StatsError(f"{name} has shape {array.shape}; {shape} was expected")
+    for name in _ARRAYS:
+        if not np.isfinite(getattr(stats, name)).all():
+            raise StatsError(
+                f"{name} holds NaN or infinity: the calibration run overflowed; "
+                "calibrate again in float32 or bfloat16"
+            )
+    if not (np.diff(sigmas) < 0).all() or sigmas[-1] != 0:
+        raise StatsError("sigmas must fall strictly and end at 0; the schedule is malformed")
+    if prompts < 1 or groups < 1 or stats.branches < 1 or stats.numel < 1:
+        raise StatsError(
+            f"prompts={prompts}, groups={groups}, branches={stats.branches}, "
+            f"numel={stats.numel}: each must be at least 1"
+        )
+    if (stats.times_ms < 0).any() or (stats.image_gain <= 0).any():
+        raise StatsError("times_ms must not be negative and image_gain must be positive")
+    if len(stats.group_bytes) != groups:
+        raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
+    if len(stats.prompt_ids) != prompts or list(stats.prompt_ids) != sorted(set(stats.prompt_ids)):
+        raise StatsError("prompt_ids must be sorted, all different, and as many as the prompts")
+
+
+def _read(archive: zipfile.ZipFile, path: str) -> CalibrationStats:
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    unknown = sorted(set(members) - {_META, *_ARRAYS})
+    missing = sorted({_META, *_ARRAYS} - set(members))
+    if missing or unknown:
+        raise StatsError(f"{path}: not a statistics file (missing {missing}, unknown {unknown})")
+    for name, info in members.items():
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise StatsError(f"{path}: member {name!r} is compressed; statistics files never are")
+    if members[_META].file_size > _MAX_META_BYTES:
+        raise StatsError(f"{path}: its metadata has {members[_META].file_size} bytes; refused")
+    with archive.open(members[_META]) as file:
+        try:
+            meta = json.loads(_array(file, members[_META], path).tobytes())
+        except ValueError as error:
+            raise StatsError(f"{path}: its metadata is not JSON ({error})") from error
+    if not isinstance(meta, dict):
+        raise StatsError(f"{path}: its metadata is not a JSON object")
+    version = meta.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise StatsError(
+            f"{path}: statistics of schema version {version!r}; this LayerCache reads version "
+            f"{SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
+        )
+    arrays = {}
+    for name in _ARRAYS:
+        with archive.open(members[name]) as file:
+            arrays[name] = _array(file, members[name], path)
+            if arrays[name].dtype.kind != "f":
+                raise StatsError(f"{path}: {name} has dtype {arrays[name].dtype}, not a float")
+    try:
+        groups = tuple(Group(**group) for group in meta.pop("groups"))
+        fields = {name: meta.pop(name) for name in _meta_fields()}
+        for name in ("branches", "velocity_bytes", "output_bytes", "numel", "sketch_seed"):
+            fields[name] = int(fields[name])
+        fields["group_bytes"] = tuple(int(value) for value in fields["group_bytes"])
+        fields["prompt_ids"] = tuple(str(value) for value in fields["prompt_ids"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StatsError(f"{path}: its metadata is malformed ({error!r})") from error
+    if meta:
+        raise StatsError(f"{path}: unknown metadata {sorted(meta)}")
+    return CalibrationStats(groups=groups, **arrays, **fields)
+
+
+def _array(file: Any, info: zipfile.ZipInfo, path: str) -> NDArray[Any]:
+    """Read one `.npy` member, checking the declared size against the real one first."""
+    stream: BinaryIO = file
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise StatsError(f"{path}: {info.filename} has .npy version {version}, not (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise StatsError(f"{path}: {info.filename} is not an array ({error})") from error
+    size = dtype.itemsize
+    for length in shape:
+        size *= int(length)
+    if dtype.hasobject or fortran or size < 0 or stream.tell() + size != info.file_size:
+        raise StatsError(f"{path}: {info.filename} declares {size} bytes and has other contents")
+    data = bytearray(stream.read(size))
+    if len(data) != size:
+        raise StatsError(f"{path}: {info.filename} is truncated")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` beside `path` and move it into place; parents are made."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
