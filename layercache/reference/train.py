@@ -21,8 +21,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import QwenImageTransformer2DModel
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor, nn
 from tqdm import tqdm
 

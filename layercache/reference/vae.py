@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -14,7 +15,7 @@ PIXEL_STD = 0.5
 
 
 class PixelUnshuffleVAE(ModelMixin, ConfigMixin):
-    """`AutoencoderKLQwenImage`'s interface over `pixel_unshuffle`; it has no parameters.
+    """`AutoencoderKLQwenImage`'s interface over `pixel_unshuffle`; it has no weights.
 
     Latents have shape (batch, 12, 1, height / 2, width / 2) and about unit variance.
     """
@@ -29,6 +30,8 @@ class PixelUnshuffleVAE(ModelMixin, ConfigMixin):
         super().__init__()
         # One spatial halving: QwenImagePipeline derives its scale factor from this list's length.
         self.temperal_downsample = [False]
+        # diffusers reads a model's device and dtype off its tensors, so there has to be one.
+        self.register_buffer("anchor", torch.zeros(1), persistent=False)
 
     def encode(self, images: Tensor) -> Tensor:
         """(batch, 3, H, W) in [-1, 1] to standardised latents (batch, 12, 1, H/2, W/2)."""

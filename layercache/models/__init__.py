@@ -1,0 +1,1 @@
+"""Adapters: what LayerCache knows of diffusers' transformers, pipelines and schedulers."""

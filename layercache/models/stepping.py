@@ -1,0 +1,66 @@
+"""Where a pipeline hands the guided model output to its scheduler, observed or replaced.
+
+`scheduler.step` is the one place that every flow-matching pipeline of diffusers passes once a step,
+after guidance of whatever kind. Only the instance is patched, and the patch is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+StepFunction = Callable[[int, Tensor, Tensor], Tensor]
+"""(step index, guided model output, sample before the step) to the output that is to be used."""
+
+
+def step_index(scheduler: Any) -> int:
+    """Index into `scheduler.sigmas` of the step under way or, between steps, of the next one.
+
+    diffusers leaves `_step_index` unset until the first `step` of a run; until then the run starts
+    at `begin_index` (set by image-to-image pipelines) or at 0.
+    """
+    index = getattr(scheduler, "_step_index", None)
+    if index is None:
+        index = getattr(scheduler, "_begin_index", None) or 0
+    return int(index)
+
+
+def sigmas_of(scheduler: Any) -> tuple[float, ...]:
+    """The T+1 noise levels of the schedule that is set, as Python floats."""
+    return tuple(float(sigma) for sigma in scheduler.sigmas.tolist())
+
+
+@contextmanager
+def tapped_step(scheduler: Any, function: StepFunction) -> Iterator[None]:
+    """Pass every guided output through `function` on its way into `scheduler.step`."""
+    restore = tap_step(scheduler, function)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def tap_step(scheduler: Any, function: StepFunction) -> Callable[[], None]:
+    """As `tapped_step`, but returns the function that removes the tap."""
+    original = scheduler.step
+    # An attribute of the instance may stand there already (another tap); put that back then.
+    had_own = "step" in vars(scheduler)
+
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = function(step_index(scheduler), model_output, sample)
+        return original(output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = step
+
+    def restore() -> None:
+        if vars(scheduler).get("step") is not step:
+            return
+        if had_own:
+            scheduler.step = original
+        else:
+            del scheduler.step
+
+    return restore
