@@ -70,7 +70,8 @@ class CalibrationStats:
             transformer.
         image_gain: (P,) mean squared pixel change (images in [0, 1]) per mean squared change of the
             final latent.
-        group_bytes: (G,) bytes of one stored residual of each group, all branches, per image.
+        group_bytes: (G,) bytes of one stored residual of each group, all branches, per image; of
+            the longest prompt.
         velocity_bytes: Bytes of one stored guided output, per image.
         output_bytes: Bytes of the transformer's outputs of one step, all branches, per image.
         numel: Elements of the guided output, per image.
@@ -207,12 +208,18 @@ class CalibrationStats:
             rows: FloatArray = np.concatenate([getattr(self, name), getattr(other, name)])[order]
             return rows
 
+        same = {name: getattr(self, name) for name in _meta_fields()}
+        # A longer prompt has larger text residuals, and plans are made for the largest.
+        pairs = zip(self.group_bytes, other.group_bytes, strict=True)
+        same["group_bytes"] = tuple(max(pair) for pair in pairs)
+        for name in ("velocity_bytes", "output_bytes"):
+            same[name] = max(getattr(self, name), getattr(other, name))
+        same["prompt_ids"] = tuple(ids[i] for i in order)
         return CalibrationStats(
             sigmas=self.sigmas,
             groups=self.groups,
-            prompt_ids=tuple(ids[i] for i in order),
             **{name: joined(name) for name in _ARRAYS if name != "sigmas"},
-            **{name: getattr(self, name) for name in _meta_fields() if name != "prompt_ids"},
+            **same,
         )
 
     def select(self, indices: list[int]) -> CalibrationStats:

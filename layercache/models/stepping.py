@@ -12,8 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
-StepFunction = Callable[[int, Tensor, Tensor], Tensor]
-"""(step index, guided model output, sample before the step) to the output that is to be used."""
+StepFunction = Callable[[int, Tensor, Tensor], Tensor | None]
+"""(step index, guided model output, sample before the step) to the output that is to be used.
+
+`None` means that no step is taken: the pipeline gets its sample back as it was.
+"""
+
+
+class _Unmoved(tuple[Tensor]):
+    """What a scheduler returns, in either of diffusers' forms, around an unchanged sample."""
+
+    @property
+    def prev_sample(self) -> Tensor:
+        return self[0]
 
 
 def step_index(scheduler: Any) -> int:
@@ -51,6 +62,8 @@ def tap_step(scheduler: Any, function: StepFunction) -> Callable[[], None]:
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = function(step_index(scheduler), model_output, sample)
+        if output is None:
+            return _Unmoved((sample,))
         return original(output, timestep, sample, *args, **kwargs)
 
     scheduler.step = step

@@ -1,0 +1,66 @@
+"""How the transformer's blocks are divided into groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from layercache.errors import StatsError
+from layercache.stats import Group
+
+
+def split_groups(
+    block_lists: Mapping[str, int], groups: int | Sequence[Group] | None
+) -> tuple[Group, ...]:
+    """Contiguous groups that cover every block list.
+
+    Args:
+        block_lists: Blocks of each list, in execution order.
+        groups: How many groups in all, shared among the lists in proportion to their length, each
+            list getting at least one and none crossing from one list into another; or the groups
+            themselves, in execution order; or None for one group a block.
+
+    Raises:
+        StatsError: Fewer groups than lists, more than blocks, or groups that do not fit the lists.
+
+    Example:
+        >>> [g.name for g in split_groups({"blocks": 10}, 3)]
+        ['blocks[0:3]', 'blocks[3:6]', 'blocks[6:10]']
+    """
+    total = sum(block_lists.values())
+    if groups is None:
+        groups = total
+    if not isinstance(groups, int):
+        return _checked(block_lists, tuple(groups))
+    if not len(block_lists) <= groups <= total:
+        raise StatsError(
+            f"groups={groups}; this model has {len(block_lists)} block lists with {total} blocks "
+            f"in all, so a number from {len(block_lists)} to {total} is needed"
+        )
+    counts = dict.fromkeys(block_lists, 1)
+    for _ in range(groups - len(counts)):
+        free = [name for name in counts if counts[name] < block_lists[name]]
+        counts[max(free, key=lambda name: block_lists[name] / counts[name])] += 1
+    result = []
+    for name, count in counts.items():
+        edges = [i * block_lists[name] // count for i in range(count + 1)]
+        pairs = zip(edges, edges[1:], strict=False)
+        result += [Group(block_list=name, start=a, stop=b) for a, b in pairs]
+    return tuple(result)
+
+
+def _checked(block_lists: Mapping[str, int], groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    order = {name: index for index, name in enumerate(block_lists)}
+    end = (-1, 0)
+    for group in groups:
+        if group.block_list not in order or group.stop > block_lists[group.block_list]:
+            raise StatsError(
+                f"group {group.name} is not in this model, whose block lists are "
+                + ", ".join(f"{name}[0:{count}]" for name, count in block_lists.items())
+            )
+        start = (order[group.block_list], group.start)
+        if start < end:
+            raise StatsError(f"group {group.name} overlaps or precedes the group before it")
+        end = (order[group.block_list], group.stop)
+    if not groups:
+        raise StatsError("groups is empty; name at least one")
+    return groups

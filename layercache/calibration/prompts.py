@@ -1,0 +1,107 @@
+"""Prompts as pipeline arguments, and an identity for each that does not depend on its position."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layercache.errors import StatsError
+
+Prompt = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one pipeline call: their identities and the call's arguments."""
+
+    ids: tuple[str, ...]
+    arguments: dict[str, Any]
+
+
+def prompt_id(prompt: Prompt, seed: int) -> str:
+    """Digest of a prompt and the run's seed; it also seeds the prompt's starting noise.
+
+    Position and company do not enter, so that however prompts are split over batches, shards and
+    machines, each is measured on the same noise.
+    """
+    digest = hashlib.sha256(str(int(seed)).encode())
+    _feed(digest, prompt)
+    return digest.hexdigest()
+
+
+def noise_seed(identity: str) -> int:
+    """The seed of the starting noise that belongs to a prompt's identity."""
+    return int(identity[:15], 16)
+
+
+def batches(
+    prompts: Sequence[Prompt], seed: int, size: int, call_kwargs: Mapping[str, Any]
+) -> list[Batch]:
+    """Split prompts into pipeline calls: strings `size` at a time, mappings one by one.
+
+    `call_kwargs` go to every call; a `negative_prompt` string among them is repeated for a batch.
+
+    Raises:
+        StatsError: There are no prompts, or one stands twice.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise StatsError("prompts must be a non-empty sequence of strings or mappings")
+    identities = [prompt_id(prompt, seed) for prompt in prompts]
+    if len(set(identities)) != len(identities):
+        twice = next(p for i, p in enumerate(prompts) if identities[i] in identities[:i])
+        raise StatsError(f"prompt {twice!r} stands twice; each prompt counts once")
+    result = []
+    start = 0
+    while start < len(prompts):
+        stop = start + 1
+        while (
+            stop < min(start + size, len(prompts))
+            and isinstance(prompts[start], str)
+            and isinstance(prompts[stop], str)
+        ):
+            stop += 1
+        result.append(_batch(prompts[start:stop], tuple(identities[start:stop]), call_kwargs))
+        start = stop
+    return result
+
+
+def _batch(
+    prompts: Sequence[Prompt], identities: tuple[str, ...], call_kwargs: Mapping[str, Any]
+) -> Batch:
+    generators = [torch.Generator().manual_seed(noise_seed(i)) for i in identities]
+    arguments: dict[str, Any] = dict(call_kwargs)
+    first = prompts[0]
+    if isinstance(first, str):
+        arguments["prompt"] = list(prompts) if len(prompts) > 1 else first
+        negative = arguments.get("negative_prompt")
+        if isinstance(negative, str) and len(prompts) > 1:
+            arguments["negative_prompt"] = [negative] * len(prompts)
+    else:
+        arguments.update(first)
+    arguments["generator"] = generators if len(generators) > 1 else generators[0]
+    return Batch(identities, arguments)
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Feed a nested value of strings, numbers and tensors, each marked by its kind."""
+    if isinstance(value, Mapping):
+        digest.update(b"{")
+        for name in sorted(value):
+            digest.update(str(name).encode() + b"=")
+            _feed(digest, value[name])
+    elif isinstance(value, list | tuple):
+        digest.update(b"[")
+        for item in value:
+            _feed(digest, item)
+    elif isinstance(value, Tensor):
+        array = value.detach().cpu().float().contiguous().numpy()
+        digest.update(f"tensor{array.shape}".encode() + array.tobytes())
+    else:
+        digest.update(json.dumps(value, default=repr).encode())
+    digest.update(b";")

@@ -1,0 +1,41 @@
+"""Count-sketches: short linear images of long vectors that keep inner products.
+
+Each of the N coordinates is given a random sign and added to one of S random buckets. The inner
+product of two sketches is an unbiased estimate of that of the vectors, with a standard deviation of
+at most sqrt(2 / S) times the product of their norms (Charikar, Chen and Farach-Colton, 2002;
+Weinberger et al., 2009).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class CountSketch:
+    """A seeded linear map from N numbers to at most `size`; the identity where N <= `size`.
+
+    Example:
+        >>> sketch = CountSketch(numel=6, size=8, seed=0)
+        >>> sketch(torch.arange(12.0).reshape(2, 2, 3)).shape
+        torch.Size([2, 6])
+    """
+
+    def __init__(self, numel: int, size: int, seed: int) -> None:
+        self.numel = numel
+        self.size = min(size, numel)
+        self._exact = numel <= size
+        generator = torch.Generator().manual_seed(seed)
+        self._bucket = torch.randint(self.size, (numel,), generator=generator)
+        self._sign = torch.randint(2, (numel,), generator=generator).float() * 2 - 1
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Sketch each item of a batch: (B, ...) with N elements an item, to (B, S) float32."""
+        flat = batch.reshape(len(batch), -1).float()
+        if flat.shape[1] != self.numel:
+            raise ValueError(f"an item has {flat.shape[1]} elements; the sketch is for {self.numel}")
+        if self._exact:
+            return flat
+        self._bucket, self._sign = self._bucket.to(flat.device), self._sign.to(flat.device)
+        result = flat.new_zeros(len(flat), self.size)
+        return result.index_add_(1, self._bucket, flat * self._sign)
