@@ -1,0 +1,210 @@
+"""What LayerCache has to know of a transformer: where its blocks are and which tensors they carry.
+
+An adapter is a declaration, never a copied forward: the block lists in execution order and, for
+each, which arguments of a block are *streams* (tensors that the block returns updated) and in which
+order the block returns them. `layercache.models.table` holds the declarations for diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from layercache.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One `ModuleList` of a transformer whose blocks all carry the same streams.
+
+    Args:
+        name: Attribute of the transformer that holds the list.
+        streams: Names of the block's arguments that are streams.
+        outputs: The same names in the order in which a block returns them. A block with one
+            output returns the bare tensor, one with several a tuple.
+        in_place: The transformer may write into a block's output after the block returned it
+            (a ControlNet added with `x[...] = ...`), so that a difference must be taken at once.
+
+    Example:
+        >>> BlockList("blocks", streams=("hidden_states",), outputs=("hidden_states",)).name
+        'blocks'
+    """
+
+    name: str
+    streams: tuple[str, ...]
+    outputs: tuple[str, ...]
+    in_place: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.outputs or set(self.outputs) != set(self.streams):
+            raise UnsupportedModelError(
+                f"block list {self.name!r} declares streams {self.streams} and outputs "
+                f"{self.outputs}: name the same streams in both, at least one"
+            )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The block lists of one transformer class, in execution order.
+
+    Args:
+        class_name: Name of the transformer's class; subclasses match too.
+        block_lists: Lists of the class. One that a given model lacks is left out for that model.
+
+    Example:
+        >>> image = BlockList("blocks", ("hidden_states",), ("hidden_states",))
+        >>> Adapter("MyTransformer2DModel", (image,)).class_name
+        'MyTransformer2DModel'
+    """
+
+    class_name: str
+    block_lists: tuple[BlockList, ...]
+
+    def block_list(self, name: str) -> BlockList:
+        """The declaration of the list `name`. Raises `UnsupportedModelError` if there is none."""
+        for block_list in self.block_lists:
+            if block_list.name == name:
+                return block_list
+        raise UnsupportedModelError(
+            f"{self.class_name} has no block list {name!r}; its adapter declares "
+            + ", ".join(repr(b.name) for b in self.block_lists)
+        )
+
+
+_registered: dict[str, Adapter] = {}
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Teach LayerCache a transformer class, for this process. A second call replaces the first.
+
+    Example:
+        >>> image = BlockList("blocks", ("hidden_states",), ("hidden_states",))
+        >>> register_adapter(Adapter("MyTransformer2DModel", (image,)))
+    """
+    _registered[adapter.class_name] = adapter
+
+
+def supported_models() -> tuple[str, ...]:
+    """Names of the transformer classes that have an adapter, sorted."""
+    from layercache.models.table import ADAPTERS
+
+    return tuple(sorted({**ADAPTERS, **_registered}))
+
+
+def adapter_for(transformer: nn.Module) -> Adapter:
+    """The adapter of a model, by the name of its class or of a base class.
+
+    Raises:
+        UnsupportedModelError: No class in the model's ancestry has an adapter, or the model has
+            none of the lists that its adapter declares.
+    """
+    from layercache.models.table import ADAPTERS
+
+    module = unwrap(transformer)
+    for ancestor in type(module).__mro__:
+        adapter = _registered.get(ancestor.__name__) or ADAPTERS.get(ancestor.__name__)
+        if adapter is not None:
+            present = tuple(b for b in adapter.block_lists if _has_blocks(module, b.name))
+            if not present:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} has none of the block lists that its adapter "
+                    f"declares ({', '.join(b.name for b in adapter.block_lists)}): register an "
+                    "adapter for this class with layercache.models.register_adapter"
+                )
+            return Adapter(type(module).__name__, present)
+    raise UnsupportedModelError(
+        f"no adapter knows {type(module).__name__}; the known transformers are "
+        f"{', '.join(supported_models())}. Declare yours with "
+        "layercache.models.register_adapter (docs/adding-a-model.md)"
+    )
+
+
+def unwrap(transformer: nn.Module) -> nn.Module:
+    """The model itself, also if `torch.compile` wrapped it."""
+    inner = getattr(transformer, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else transformer
+
+
+def blocks_of(transformer: nn.Module, block_list: BlockList) -> list[nn.Module]:
+    """The blocks of one list, in execution order."""
+    return list(getattr(unwrap(transformer), block_list.name))
+
+
+def read_streams(
+    block_list: BlockList, block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The streams among the arguments of one call of a block.
+
+    A stream that the call leaves out or passes as `None` is not in the result.
+
+    Raises:
+        UnsupportedModelError: The block takes no argument of a stream's name.
+    """
+    found: dict[str, Tensor] = {}
+    positions = _positions(type(block), block_list.streams)
+    for name, position in zip(block_list.streams, positions, strict=True):
+        value = args[position] if position < len(args) else kwargs.get(name)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def read_outputs(block_list: BlockList, output: Any) -> dict[str, Tensor]:
+    """The streams that a block returned; one returned as `None` is not in the result.
+
+    Raises:
+        UnsupportedModelError: The block returned another number of values than declared.
+    """
+    names = block_list.outputs
+    if isinstance(output, Tensor):
+        values: Sequence[Any] = (output,)
+    elif isinstance(output, (tuple, list)):
+        values = output
+    else:
+        values = ()
+    if len(values) != len(names) or (len(names) > 1 and isinstance(output, Tensor)):
+        raise UnsupportedModelError(
+            f"a block of {block_list.name!r} returned {_shape_of(output)} where the adapter "
+            f"declares {', '.join(names)}: correct the adapter's outputs"
+        )
+    return {name: v for name, v in zip(names, values, strict=True) if v is not None}
+
+
+def write_outputs(block_list: BlockList, block: nn.Module, streams: Mapping[str, Tensor]) -> Any:
+    """What a block would return for these streams; a stream that is not given becomes `None`."""
+    if len(block_list.outputs) == 1:
+        return streams[block_list.outputs[0]]
+    return tuple(streams.get(name) for name in block_list.outputs)
+
+
+def check_signature(block_list: BlockList, block: nn.Module) -> None:
+    """Raise `UnsupportedModelError` unless the block takes the declared streams as arguments."""
+    _positions(type(block), block_list.streams)
+
+
+@cache
+def _positions(block_class: Any, streams: tuple[str, ...]) -> tuple[int, ...]:
+    parameters = list(inspect.signature(block_class.forward).parameters)[1:]
+    missing = [name for name in streams if name not in parameters]
+    if missing:
+        raise UnsupportedModelError(
+            f"{block_class.__name__}.forward takes no argument {missing[0]!r}; it takes "
+            f"{', '.join(parameters)}: correct the adapter's streams"
+        )
+    return tuple(parameters.index(name) for name in streams)
+
+
+def _has_blocks(module: nn.Module, name: str) -> bool:
+    blocks = getattr(module, name, None)
+    return isinstance(blocks, nn.ModuleList) and len(blocks) > 0
+
+
+def _shape_of(output: Any) -> str:
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)}"
+    return f"a {type(output).__name__}"

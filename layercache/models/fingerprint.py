@@ -1,0 +1,130 @@
+"""What identifies a model for a plan, and the setting a plan was made in."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from layercache.models.adapters import adapter_for, blocks_of, unwrap
+from layercache.models.stepping import sigmas_of
+
+# Arguments of a pipeline call that change what the model computes, besides the prompt and seed.
+_CALL_KEYS = (
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_scale_2",
+    "true_cfg_scale",
+    "strength",
+    "max_sequence_length",
+)
+_SCHEDULER_KEYS = ("shift", "flow_shift", "use_dynamic_shifting")
+
+
+def model_fingerprint(transformer: nn.Module) -> dict[str, Any]:
+    """What must match exactly between a plan and a model.
+
+    Weights, paths, library versions and quantisation are left out on purpose, so that a plan also
+    serves finetunes, LoRA and quantised copies of the model that it was made for.
+
+    Returns:
+        `class_name`; `block_lists`, the number of blocks by list; and `architecture`, the SHA-256
+        of the model's configuration as canonical JSON.
+
+    Raises:
+        UnsupportedModelError: No adapter knows the model.
+    """
+    adapter = adapter_for(transformer)
+    config = _plain(_without_defaults(unwrap(transformer)))
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return {
+        "class_name": adapter.class_name,
+        "block_lists": {b.name: len(blocks_of(transformer, b)) for b in adapter.block_lists},
+        "architecture": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def setting_of(pipe: Any, call_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How a pipeline is being used: differences from a plan's setting deserve a warning.
+
+    Args:
+        pipe: A diffusers pipeline.
+        call_kwargs: Keyword arguments of its call, if they are known.
+
+    Returns:
+        JSON values: the classes of pipeline and scheduler, the scheduler's shift, the model's
+        dtype, quantisation and active LoRA adapters, and the call's step count, size and
+        guidance scales. What is not known is left out.
+    """
+    scheduler = pipe.scheduler
+    transformer = unwrap(pipe.transformer)
+    found: dict[str, Any] = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(scheduler).__name__,
+        "dtype": str(getattr(transformer, "dtype", "")).removeprefix("torch."),
+        "lora": _active_adapters(transformer),
+    }
+    config = getattr(transformer, "config", {})
+    quantisation = config.get("quantization_config")
+    if quantisation is not None:
+        found["quantisation"] = str(
+            getattr(quantisation, "quant_method", None) or type(quantisation).__name__
+        )
+    for key in _SCHEDULER_KEYS:
+        if key in getattr(scheduler, "config", {}):
+            found[f"scheduler_{key}"] = scheduler.config[key]
+    for key in _CALL_KEYS:
+        value = (call_kwargs or {}).get(key)
+        if value is not None:
+            found[key] = value
+    result: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return result
+
+
+def schedule_difference(scheduler: Any, sigmas: tuple[float, ...]) -> float | None:
+    """Largest difference between a scheduler's noise levels and `sigmas`; None: other lengths."""
+    mine = sigmas_of(scheduler)
+    if len(mine) != len(sigmas):
+        return None
+    return max(abs(a - b) for a, b in zip(mine, sigmas, strict=True))
+
+
+def _without_defaults(module: nn.Module) -> dict[str, Any]:
+    # A later diffusers may add an option; with its default it leaves the architecture as it was.
+    parameters = inspect.signature(type(module).__init__).parameters
+    defaults = {name: _plain(parameter.default) for name, parameter in parameters.items()}
+    config = dict(getattr(module, "config", {}))
+    return {k: v for k, v in config.items() if k not in defaults or _plain(v) != defaults[k]}
+
+
+def _plain(value: Any) -> Any:
+    """JSON values, without private keys, paths and quantisation."""
+    if isinstance(value, Mapping):
+        return {
+            str(key): _plain(item)
+            for key, item in value.items()
+            if not str(key).startswith("_")
+            and not str(key).endswith("_path")
+            and key != "quantization_config"
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _active_adapters(transformer: nn.Module) -> list[str]:
+    # `active_adapters` raises without peft and before any adapter is loaded.
+    if not getattr(transformer, "_hf_peft_config_loaded", False):
+        return []
+    model: Any = transformer
+    names = model.active_adapters()
+    return sorted(str(name) for name in names)

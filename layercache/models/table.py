@@ -1,0 +1,88 @@
+"""The adapters of diffusers' flow-matching transformers (read against diffusers 0.42).
+
+H is the image or video stream, E the text stream. Refiner and text-encoder blocks are left out:
+they are a small share of the compute and many see no timestep. HunyuanDiT and LongCat-AudioDiT
+have connections that jump across blocks and are left out on purpose.
+"""
+
+from __future__ import annotations
+
+from layercache.models.adapters import Adapter, BlockList
+
+_H = ("hidden_states",)
+_HE = ("hidden_states", "encoder_hidden_states")
+_EH = ("encoder_hidden_states", "hidden_states")
+
+
+def _list(
+    name: str, streams: tuple[str, ...], outputs: tuple[str, ...], in_place: bool = False
+) -> BlockList:
+    return BlockList(name=name, streams=streams, outputs=outputs, in_place=in_place)
+
+
+# Double-stream blocks that return text first, then single-stream blocks that still take both.
+_TEXT_FIRST = (
+    _list("transformer_blocks", _HE, _EH),
+    _list("single_transformer_blocks", _HE, _EH),
+)
+_IMAGE_FIRST = (
+    _list("transformer_blocks", _HE, _HE),
+    _list("single_transformer_blocks", _HE, _HE),
+)
+_ONE_STREAM = (_list("transformer_blocks", _H, _H),)
+
+_BLOCK_LISTS: dict[str, tuple[BlockList, ...]] = {
+    "QwenImageTransformer2DModel": (_list("transformer_blocks", _HE, _EH),),
+    "FluxTransformer2DModel": _TEXT_FIRST,
+    "Flux2Transformer2DModel": (
+        _list("transformer_blocks", _HE, _EH),
+        # Text and image are concatenated before this list, which therefore carries one stream.
+        _list("single_transformer_blocks", _H, _H),
+    ),
+    "SD3Transformer2DModel": (_list("transformer_blocks", _HE, _EH),),
+    "ZImageTransformer2DModel": (_list("layers", ("x",), ("x",)),),
+    "HunyuanVideoTransformer3DModel": _IMAGE_FIRST,
+    "HunyuanVideo15Transformer3DModel": (_list("transformer_blocks", _HE, _HE),),
+    "HunyuanImageTransformer2DModel": _IMAGE_FIRST,
+    "WanTransformer3DModel": (_list("blocks", _H, _H),),
+    "LTXVideoTransformer3DModel": _ONE_STREAM,
+    "LTX2VideoTransformer3DModel": (
+        _list(
+            "transformer_blocks",
+            ("hidden_states", "audio_hidden_states"),
+            ("hidden_states", "audio_hidden_states"),
+        ),
+    ),
+    "Lumina2Transformer2DModel": (_list("layers", _H, _H),),
+    "SanaTransformer2DModel": _ONE_STREAM,
+    "AuraFlowTransformer2DModel": (
+        _list("joint_transformer_blocks", _HE, _EH),
+        _list("single_transformer_blocks", _H, _H),
+    ),
+    "ChromaTransformer2DModel": (
+        _list("transformer_blocks", _HE, _EH),
+        _list("single_transformer_blocks", _H, _H, in_place=True),
+    ),
+    "CogView4Transformer2DModel": (_list("transformer_blocks", _HE, _HE),),
+    "HiDreamImageTransformer2DModel": (
+        _list("double_stream_blocks", _HE, _HE),
+        _list("single_stream_blocks", _H, _H),
+    ),
+    "MochiTransformer3DModel": (_list("transformer_blocks", _HE, _HE),),
+    "Kandinsky5Transformer3DModel": (
+        _list("visual_transformer_blocks", ("visual_embed",), ("visual_embed",)),
+    ),
+    "Krea2Transformer2DModel": _ONE_STREAM,
+    "BriaTransformer2DModel": (
+        _list("transformer_blocks", _HE, _EH),
+        _list("single_transformer_blocks", _HE, _EH, in_place=True),
+    ),
+    "OvisImageTransformer2DModel": _TEXT_FIRST,
+    "LongCatImageTransformer2DModel": _TEXT_FIRST,
+    "Cosmos3OmniTransformer": (_list("layers", ("und_seq", "gen_seq"), ("und_seq", "gen_seq")),),
+}
+
+ADAPTERS: dict[str, Adapter] = {
+    name: Adapter(class_name=name, block_lists=lists) for name, lists in _BLOCK_LISTS.items()
+}
+"""Adapters by class name."""
