@@ -1,0 +1,157 @@
+"""What the commands share: parameter types, option groups, loading, and exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from layercache.errors import LayerCacheError, ModelMismatchError
+from layercache.plan import Budget
+
+REFERENCE = "reference"
+PATH = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+class Failure(click.ClickException):
+    """One line on stderr, exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class Mismatch(Failure):
+    """A plan or statistics belong to another model."""
+
+    exit_code = 3
+
+
+class GateFailed(Failure):
+    """A measured figure is below its gate."""
+
+    exit_code = 4
+
+
+class Commands(click.Group):
+    """Turns expected errors into a line and an exit code; unexpected ones keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except ModelMismatchError as error:
+            raise Mismatch(str(error)) from error
+        except (LayerCacheError, OSError) as error:
+            raise Failure(str(error)) from error
+        except ModuleNotFoundError as error:
+            raise Failure(
+                f"{error.name} is not installed: pip install 'layercache-flow[diffusers,plot,eval]'"
+            ) from error
+
+
+def parse_budget(ctx: click.Context, param: click.Parameter, value: str) -> Budget:
+    """Option callback: `1.37x` or `0.73`."""
+    try:
+        return Budget.parse(value)
+    except LayerCacheError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+
+
+def parse_json_object(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, Any]:
+    """Option callback: a JSON object."""
+    try:
+        result = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not JSON ({error})", ctx, param) from error
+    if not isinstance(result, dict):
+        example = '{"height": 512}'
+        raise click.BadParameter(f"{value!r} is no JSON object such as {example}", ctx, param)
+    return result
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        command
+    )
+
+
+def pipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name a pipeline and how it is called."""
+    for option in reversed(
+        (
+            click.option(
+                "--pipe",
+                "pipe_name",
+                default=REFERENCE,
+                show_default=True,
+                help="A diffusers model id or local folder, or the shipped reference model.",
+            ),
+            click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights."),
+            click.option("--device", help="Such as cuda; the default is where the model loads."),
+            click.option(
+                "--dtype",
+                type=click.Choice(["float32", "bfloat16", "float16"]),
+                default="float32",
+                show_default=True,
+            ),
+            click.option(
+                "--call",
+                "call_kwargs",
+                callback=parse_json_object,
+                default="{}",
+                help="Pipeline arguments as a JSON object, such as '{\"height\": 512}'.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def load_pipe(
+    name: str, weights: Path | None, device: str | None, dtype: str, call_kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments that it is called with."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    if name == REFERENCE:
+        from layercache.reference import call_arguments, load_pipeline
+
+        pipe = load_pipeline(weights, dtype=kind) if weights else load_pipeline(dtype=kind)
+        arguments = call_arguments() | call_kwargs
+        for decided_elsewhere in {"generator", "num_inference_steps"} - set(call_kwargs):
+            arguments.pop(decided_elsewhere)
+    else:
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=kind)
+        except (OSError, ValueError) as error:
+            raise LayerCacheError(
+                f"cannot load the pipeline {name!r} ({error}); give a diffusers model id, a local "
+                f"folder, or {REFERENCE!r}"
+            ) from error
+        arguments = dict(call_kwargs)
+    return (pipe.to(device) if device else pipe), arguments
+
+
+def read_prompts(
+    file: Path | None, pipe_name: str, split: Any, default_count: int, limit: int | None
+) -> list[str]:
+    """The prompts of a file, or those of a split for the reference model."""
+    if file is None:
+        if pipe_name != REFERENCE:
+            raise click.UsageError("--prompts is needed for every model but the reference one")
+        from layercache.reference import prompts
+
+        return prompts(split, default_count)
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    chosen = [line for line in lines if line][:limit]
+    if not chosen:
+        raise click.UsageError(f"{file} has no prompts; write one a line")
+    return chosen

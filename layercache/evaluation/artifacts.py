@@ -1,0 +1,51 @@
+"""The files that a comparison leaves behind: pictures, `results.json`, `report.html`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from layercache.evaluation.compare import Comparison
+from layercache.evaluation.plots import pareto, plan_heat_map
+from layercache.evaluation.report import html_report
+from layercache.evaluation.sheets import image_sheet
+from layercache.plan import Plan
+from layercache.stats import write_atomically
+
+
+def write_artifacts(
+    out: Path,
+    comparison: Comparison,
+    plans: Mapping[float, Plan],
+    prompts: Sequence[str],
+    facts: Mapping[str, str],
+    *,
+    title: str,
+) -> list[Path]:
+    """Write `sheet.png`, `plan.png`, `pareto.png`, `report.html` and `results.json`.
+
+    Args:
+        out: Folder to write.
+        comparison: The measured table and its images.
+        plans: The compared plan of each target.
+        prompts: Captions of the images, in their order.
+        facts: What was run and on what, as label and value.
+        title: Heading of the report.
+
+    Returns:
+        The files, in the order above.
+    """
+    pictures = {
+        "sheet": image_sheet(comparison, prompts),
+        "plan": plan_heat_map({f"{target:g}x": plan for target, plan in plans.items()}),
+        "pareto": pareto(comparison),
+    }
+    page = html_report(comparison, plans, pictures, facts, title=title)
+    results = comparison.to_dict() | {"facts": dict(facts)}
+    contents = {f"{name}.png": png for name, png in pictures.items()}
+    contents["report.html"] = page.encode()
+    contents["results.json"] = (json.dumps(results, indent=1, allow_nan=False) + "\n").encode()
+    for name, data in contents.items():
+        write_atomically(out / name, data)
+    return [out / name for name in contents]

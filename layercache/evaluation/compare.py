@@ -1,0 +1,145 @@
+"""Every method at every target, on the same prompts and seeds, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from layercache.calibration.prompts import Batch
+from layercache.evaluation.latency import time_interleaved
+from layercache.evaluation.methods import Method, Uncached
+from layercache.evaluation.metrics import fidelity
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one target.
+
+    `target_speedup` is in equal compute: the method may spend 1 / target of the full transformer
+    compute. `speedup_measured` is the median time of the uncached run over the method's median
+    time; `speedup_predicted` is None where nothing predicts it. PSNR in dB against the uncached
+    images.
+    """
+
+    method: str
+    target_speedup: float
+    compute_share: float
+    speedup_measured: float
+    speedup_predicted: float | None
+    psnr_mean: float
+    psnr_worst: float
+    psnr_median: float
+    ssim_mean: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The table and the images behind it.
+
+    Attributes:
+        rows: By target, in the order in which the methods were given.
+        references: (N, C, H, W) uncached images in [0, 1].
+        images: The same of each (method, target).
+        uncached_seconds: Median time of one uncached batch.
+        batch_size: Images of the first batch.
+    """
+
+    rows: tuple[Row, ...]
+    references: Tensor
+    images: Mapping[tuple[str, float], Tensor]
+    uncached_seconds: float
+    batch_size: int
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The targets, in the order of the rows."""
+        return tuple(dict.fromkeys(row.target_speedup for row in self.rows))
+
+    def at(self, target: float) -> tuple[Row, ...]:
+        """The rows of one target."""
+        return tuple(row for row in self.rows if row.target_speedup == target)
+
+    def table(self) -> str:
+        """The rows as aligned text."""
+        lines = [
+            f"{'target':>6}  {'method':<21}{'compute':>8}{'speedup':>9}{'predicted':>11}"
+            f"{'PSNR mean':>11}{'worst':>7}{'SSIM':>9}"
+        ]
+        for target in self.targets:
+            lines.append("")
+            for row in self.at(target):
+                predicted = (
+                    "-" if row.speedup_predicted is None else f"{row.speedup_predicted:.2f}x"
+                )
+                lines.append(
+                    f"{f'{target:g}x':>6}  {row.method:<21}{100 * row.compute_share:>6.1f} %"
+                    f"{f'{row.speedup_measured:.2f}x':>9}{predicted:>11}"
+                    f"{row.psnr_mean:>8.1f} dB{row.psnr_worst:>7.1f}{row.ssim_mean:>9.4f}"
+                )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: `rows` and how they came about."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "images": len(self.references),
+            "batch_size": self.batch_size,
+            "uncached_seconds": self.uncached_seconds,
+        }
+
+
+def compare(
+    pipe: Any,
+    batches: Sequence[Batch],
+    methods: Mapping[float, Sequence[Method]],
+    *,
+    repeats: int = 1,
+    warm_up: bool = True,
+    progress: bool = True,
+) -> Comparison:
+    """Run all methods on all batches and compare them with the uncached pipeline.
+
+    Args:
+        pipe: The pipeline.
+        batches: Prompts with fixed seeds, in pipeline calls.
+        methods: For each target speedup (1 / share of compute), the methods built for it.
+        repeats: Timed rounds a batch; speed is the median over all rounds.
+        warm_up: Generate once before anything is timed.
+        progress: Show a progress bar on stderr.
+    """
+    flat = [(target, method) for target, group in methods.items() for method in group]
+    entrants: list[Method] = [Uncached(), *(method for _, method in flat)]
+    total = len(entrants) * len(batches) * repeats
+    with tqdm(total=total, unit="run", desc="compare", disable=not progress) as bar:
+        timings = time_interleaved(
+            pipe, batches, entrants, repeats=repeats, warm_up=warm_up, tick=bar.update
+        )
+    uncached = timings[0]
+    rows, images = [], {}
+    for (target, method), timing in zip(flat, timings[1:], strict=True):
+        quality = fidelity(timing.images, uncached.images)
+        rows.append(
+            Row(
+                method=method.name,
+                target_speedup=target,
+                compute_share=method.compute_share,
+                speedup_measured=uncached.median_seconds / timing.median_seconds,
+                speedup_predicted=method.predicted_speedup,
+                psnr_mean=quality.psnr_mean,
+                psnr_worst=quality.psnr_worst,
+                psnr_median=quality.psnr_median,
+                ssim_mean=quality.ssim_mean,
+            )
+        )
+        images[method.name, target] = timing.images
+    return Comparison(
+        rows=tuple(rows),
+        references=uncached.images,
+        images=images,
+        uncached_seconds=uncached.median_seconds,
+        batch_size=len(batches[0].ids),
+    )

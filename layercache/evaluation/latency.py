@@ -1,0 +1,90 @@
+"""Warm, interleaved timing: every method runs in every round, so that drift hits all alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layercache.calibration.profile import run_pipeline
+from layercache.calibration.prompts import Batch
+from layercache.evaluation.methods import Method
+
+
+@dataclass(frozen=True, eq=False)
+class Timing:
+    """What one method gave over all rounds.
+
+    Attributes:
+        seconds: One wall-clock time a round, of the whole pipeline call.
+        images: (N, C, H, W) images of all batches, in order, in [0, 1].
+    """
+
+    seconds: tuple[float, ...]
+    images: Tensor
+
+    @property
+    def median_seconds(self) -> float:
+        """Median over rounds."""
+        return statistics.median(self.seconds)
+
+
+def run_once(pipe: Any, method: Method, batch: Batch) -> tuple[Tensor, float]:
+    """One generation under a method: its images on the CPU, and the seconds of the call."""
+    changed = dataclasses.replace(batch, arguments={**batch.arguments, **method.call_changes})
+    with torch.no_grad(), method.attach(pipe):
+        _synchronise()
+        began = time.perf_counter()
+        images = run_pipeline(pipe, changed)
+        _synchronise()
+        seconds = time.perf_counter() - began
+    return images, seconds
+
+
+def time_interleaved(
+    pipe: Any,
+    batches: Sequence[Batch],
+    methods: Sequence[Method],
+    *,
+    repeats: int = 1,
+    warm_up: bool = True,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Timing]:
+    """Run every method on every batch, `repeats` times over, one method after the other.
+
+    Args:
+        pipe: The pipeline.
+        batches: What to generate; seeds are fixed, so repeats give the same images.
+        methods: In the order in which they run within a round.
+        repeats: Rounds a batch.
+        warm_up: Generate the first batch once without a method and discard it.
+        tick: Called after every run.
+
+    Returns:
+        One `Timing` a method, in the order given.
+    """
+    if warm_up:
+        with torch.no_grad():
+            run_pipeline(pipe, batches[0])
+    seconds: list[list[float]] = [[] for _ in methods]
+    images: list[list[Tensor]] = [[] for _ in methods]
+    for repeat in range(repeats):
+        for batch in batches:
+            for index, method in enumerate(methods):
+                result, took = run_once(pipe, method, batch)
+                seconds[index].append(took)
+                if repeat == 0:
+                    images[index].append(result)
+                tick()
+    return [Timing(tuple(s), torch.cat(i)) for s, i in zip(seconds, images, strict=True)]
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,7 @@
+"""Methods that plans are measured against, each in a short file that cites its source."""
+
+from layercache.evaluation.peers.fewer_steps import FewerSteps
+from layercache.evaluation.peers.meancache import MeanCache, mean_cache_schedules
+from layercache.evaluation.peers.uniform import Uniform
+
+__all__ = ["FewerSteps", "MeanCache", "Uniform", "mean_cache_schedules"]
