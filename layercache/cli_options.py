@@ -45,8 +45,11 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except ModelMismatchError as error:
             raise Mismatch(str(error)) from error
-        except (LayerCacheError, OSError) as error:
+        except LayerCacheError as error:
             raise Failure(str(error)) from error
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise Failure(f"{place}{error.strerror or error}") from error
         except ModuleNotFoundError as error:
             raise Failure(
                 f"{error.name} is not installed: pip install 'layercache-flow[diffusers,plot,eval]'"

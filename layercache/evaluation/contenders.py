@@ -15,7 +15,6 @@ from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import LayerCache, Method, Uncached
 from layercache.evaluation.metrics import fidelity
 from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform, mean_cache_schedules
-from layercache.evaluation.peers.meancache import Form
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.evaluation.trajectories import Trajectories
 from layercache.plan import Budget, Plan
@@ -26,10 +25,10 @@ class Contenders:
     """Builds the methods; what does not depend on the budget is computed once.
 
     Args:
-        pipe: The pipeline, for the validation runs that choose MeanCache's variant.
+        pipe: The pipeline, for the validation runs that choose MeanCache's schedule.
         stats: Calibration statistics, for plans and predicted speed.
         trajectories: Uncached runs of calibration prompts, for MeanCache.
-        validation: Prompts, none of them held out, on which MeanCache's variant is chosen.
+        validation: Prompts, none of them held out, on which MeanCache's schedule is chosen.
         screened: How many of MeanCache's schedules run on the validation prompts, the most
             promising ones first; None runs all.
     """
@@ -73,11 +72,10 @@ class Contenders:
         ]
 
     def mean_cache(self, budget: int) -> MeanCache:
-        """The variant of MeanCache with the highest mean PSNR on the validation prompts."""
+        """The schedule of MeanCache with the highest mean PSNR on the validation prompts."""
         sigmas = tuple(float(sigma) for sigma in self.trajectories.sigmas)
         schedules = mean_cache_schedules(self.trajectories, budget)[: self.screened]
-        forms: tuple[Form, ...] = ("edge", "step")
-        candidates = [MeanCache(edges, sigmas, form) for edges in schedules for form in forms]
+        candidates = [MeanCache(edges, sigmas) for edges in schedules]
         return max(candidates, key=self._validation_psnr)
 
     def _validation_psnr(self, method: Method) -> float:

@@ -33,7 +33,7 @@ class DemoSize:
     Attributes:
         steps: Inference steps of an uncached generation.
         calibration: Prompts that are calibrated on.
-        validation: Prompts on which MeanCache's variant is chosen.
+        validation: Prompts on which MeanCache's schedule is chosen.
         held_out: Prompts that are reported.
         batch: Prompts a pipeline call.
         lags: Lags that calibration measures.
@@ -46,7 +46,7 @@ class DemoSize:
     held_out: int = 16
     batch: int = 8
     lags: int = 8
-    screened: int = 2
+    screened: int = 3
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _facts(pipe: Any, size: DemoSize, comparison: Comparison) -> dict[str, str]:
         "model that ships with the package; its figures say nothing about other checkpoints",
         "Generation": f"{size.steps} steps, two transformer calls a step (guidance), float32",
         "Prompts": f"{size.calibration} to calibrate, {size.validation} to choose MeanCache's "
-        f"variant, {size.held_out} held out and reported; one seed each",
+        f"schedule, {size.held_out} held out and reported; one seed each",
         "Timing": f"batches of {comparison.batch_size}, warm, methods in turns; uncached median "
         f"{comparison.uncached_seconds:.2f} s a batch",
         "Machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "

@@ -1,0 +1,109 @@
+"""Imports point one way, and what runs without torch does not import it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "layercache"
+
+# Which parts of the package each part may import, at module level or inside functions.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "stats": {"errors"},
+    "plan": {"errors", "stats"},
+    "solver": {"errors", "stats"},
+    "compile": {"errors", "stats", "plan", "solver"},
+    "models": {"errors"},
+    "calibration": {"errors", "stats", "models"},
+    "runtime": {"errors", "plan", "models"},
+    "reference": {"errors"},
+    "evaluation": {
+        "errors", "stats", "plan", "solver", "compile", "models", "calibration", "runtime",
+        "reference",
+    },
+    "cli_options": {"errors", "plan", "reference"},
+    "cli": {
+        "errors", "stats", "plan", "solver", "compile", "models", "calibration", "runtime",
+        "reference", "evaluation", "cli_options",
+    },
+    "__main__": {"cli"},
+    "__init__": {"errors", "stats", "plan", "compile"},
+}  # fmt: skip
+TORCH_FREE = ("errors", "stats", "plan", "solver", "compile", "cli", "cli_options", "__init__")
+HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = str(node.module)
+            # `from layercache import plan` imports a part, not a name of the package.
+            found |= (
+                {f"{module}.{a.name}" for a in node.names} if module == "layercache" else {module}
+            )
+    return found
+
+
+def top_level(tree: ast.Module) -> ast.Module:
+    """The statements that run on import, without `if TYPE_CHECKING` blocks."""
+    kept = [
+        node
+        for node in tree.body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    return ast.Module(body=kept, type_ignores=[])
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert part in ALLOWED, f"{part} is new: say here what it may import"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    used = {name.split(".")[1] for name in imports(tree) if name.startswith("layercache.")}
+    assert used <= ALLOWED[part] | {part}
+
+
+@pytest.mark.parametrize("part", TORCH_FREE)
+def test_torch_free_parts_import_nothing_heavy_when_imported(part: str) -> None:
+    for path in sources():
+        if part_of(path) == part:
+            tree = top_level(ast.parse(path.read_text(encoding="utf-8")))
+            assert not {name.split(".")[0] for name in imports(tree)} & HEAVY, path.name
+
+
+def test_the_solver_imports_only_numpy_and_in_milp_scipy() -> None:
+    for path in sources():
+        if part_of(path) == "solver":
+            roots = {name.split(".")[0] for name in imports(ast.parse(path.read_text("utf-8")))}
+            third_party = roots - set(sys.stdlib_module_names) - {"layercache"}
+            assert third_party <= ({"numpy", "scipy"} if path.stem == "milp" else {"numpy"})
+
+
+@pytest.mark.parametrize("module", ["layercache", "layercache.compile", "layercache.cli"])
+def test_importing_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(sorted(set(sys.modules) & {HEAVY!r}) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_rules_catch_a_wrong_import() -> None:
+    tree = ast.parse("from layercache import plan\nimport layercache.solver.dp\n")
+    assert imports(tree) == {"layercache.plan", "layercache.solver.dp"}
