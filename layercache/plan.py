@@ -170,8 +170,10 @@ class UnitPlan(_Frozen):
         if not self.cells.startswith(REFRESH):
             raise ValueError(f"cells[0] is {self.cells[:1]!r}; the first step must be refreshed")
         for step, symbol in enumerate(self.cells):
-            if symbol not in SPANS and symbol != REFRESH and (
-                symbol != IDLE or self.kind == "step"
+            if (
+                symbol not in SPANS
+                and symbol != REFRESH
+                and (symbol != IDLE or self.kind == "step")
             ):
                 raise ValueError(f"cells[{step}] is {symbol!r}, which is no symbol of this unit")
         if self.gains is not None and len(self.gains) != len(self.cells):

@@ -153,8 +153,9 @@ class CalibrationStats:
             meta[name] = getattr(self, name)
         text = json.dumps(meta, sort_keys=True).encode()
         buffer = io.BytesIO()
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        np.savez(buffer, **{_META: np.frombuffer(text, dtype=np.uint8)}, **arrays)
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
+        arrays[_META] = np.frombuffer(text, dtype=np.uint8)
+        np.savez(buffer, **arrays)
         write_atomically(path, buffer.getvalue())
 
     @classmethod
@@ -204,7 +205,7 @@ class CalibrationStats:
         ids = self.prompt_ids + other.prompt_ids
         order = sorted(range(len(ids)), key=ids.__getitem__)
 
-        def joined(name: str) -> FloatArray:
+        def joined(name: str) -> Any:
             rows: FloatArray = np.concatenate([getattr(self, name), getattr(other, name)])[order]
             return rows
 
@@ -330,7 +331,7 @@ def _read(archive: zipfile.ZipFile, path: str) -> CalibrationStats:
             f"{path}: statistics of schema version {version!r}; this LayerCache reads version "
             f"{SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
         )
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name in _ARRAYS:
         with archive.open(members[name]) as file:
             arrays[name] = _array(file, members[name], path)

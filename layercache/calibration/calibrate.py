@@ -85,7 +85,10 @@ def calibrate(
     model = model_fingerprint(pipe.transformer)
     parts = []
     bar = tqdm(
-        total=len(prompts) * num_inference_steps, unit="step", desc="calibrate", disable=not progress
+        total=len(prompts) * num_inference_steps,
+        unit="step",
+        desc="calibrate",
+        disable=not progress,
     )
     with bar, torch.no_grad():
         for batch in work:

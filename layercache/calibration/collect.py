@@ -9,6 +9,7 @@ each. The scheduler moves once, after the last, with the velocity of the first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,11 @@ class _Collector:
                 "needs a plain text-to-image run of a first-order flow-matching scheduler"
             )
         if self.position < 0:
+            if not torch.isfinite(velocity).all():
+                raise StatsError(
+                    f"the model's output at step {step} holds NaN or infinity: the run overflowed; "
+                    "calibrate in float32 or bfloat16"
+                )
             self.velocity = velocity.clone()
             self.velocity_bytes = velocity.numel() * velocity.element_size()
         assert self.velocity is not None
@@ -187,6 +193,7 @@ def repeated_timesteps(scheduler: Any, count: int) -> Iterator[None]:
     original = scheduler.set_timesteps
     had_own = "set_timesteps" in vars(scheduler)
 
+    @functools.wraps(original)  # pipelines look at the signature for what they may pass
     def set_timesteps(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         scheduler.timesteps = scheduler.timesteps.repeat_interleave(count)

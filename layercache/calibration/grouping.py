@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from layercache.errors import StatsError
@@ -43,7 +44,7 @@ def split_groups(
     result = []
     for name, count in counts.items():
         edges = [i * block_lists[name] // count for i in range(count + 1)]
-        pairs = zip(edges, edges[1:], strict=False)
+        pairs = itertools.pairwise(edges)
         result += [Group(block_list=name, start=a, stop=b) for a, b in pairs]
     return tuple(result)
 

@@ -9,6 +9,7 @@ larger batch.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -87,7 +88,7 @@ class ReplayableTransformer:
 
     def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._originals.append((module, "forward" in vars(module), module.forward))
-        module.forward = forward
+        module.forward = functools.wraps(module.forward)(forward)
 
     def _patch_block(
         self, block: nn.Module, block_list: BlockList, index: int, position: int
@@ -226,7 +227,7 @@ def _repeat(tensor: Tensor, count: int) -> Tensor:
 
 
 def _repeat_batch(value: Any, size: int, count: int) -> Any:
-    """Repeat, in the containers that a call's arguments come in, all that has the batch's length."""
+    """Repeat all that has the batch's length, in the containers that arguments come in."""
     if count == 1:
         return value
     if isinstance(value, Tensor):
@@ -246,7 +247,8 @@ def _first_tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     first = output[0]
-    return first[0] if isinstance(first, list) else first
+    found: Tensor = first[0] if isinstance(first, list) else first
+    return found
 
 
 def _rows(output: Any, start: int, stop: int) -> Any:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from layercache.errors import StatsError
+
 
 class CountSketch:
     """A seeded linear map from N numbers to at most `size`; the identity where N <= `size`.
@@ -33,7 +35,10 @@ class CountSketch:
         """Sketch each item of a batch: (B, ...) with N elements an item, to (B, S) float32."""
         flat = batch.reshape(len(batch), -1).float()
         if flat.shape[1] != self.numel:
-            raise ValueError(f"an item has {flat.shape[1]} elements; the sketch is for {self.numel}")
+            raise StatsError(
+                f"a velocity has {flat.shape[1]} elements where {self.numel} were expected: the "
+                "output's shape changed within a run"
+            )
         if self._exact:
             return flat
         self._bucket, self._sign = self._bucket.to(flat.device), self._sign.to(flat.device)

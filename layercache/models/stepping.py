@@ -6,6 +6,7 @@ after guidance of whatever kind. Only the instance is patched, and the patch is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,7 @@ def tap_step(scheduler: Any, function: StepFunction) -> Callable[[], None]:
     # An attribute of the instance may stand there already (another tap); put that back then.
     had_own = "step" in vars(scheduler)
 
+    @functools.wraps(original)  # pipelines look at the signature for what they may pass
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = function(step_index(scheduler), model_output, sample)
         if output is None:

@@ -10,12 +10,13 @@ Everything here is numpy and a function of the random generator it is given.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.float32]
+_Array = NDArray[Any]
 _T = TypeVar("_T")
 
 RESOLUTION = 32
@@ -138,7 +139,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def _inside(obj: SceneObject, x: Image, y: Image) -> NDArray[np.bool_]:
+def _inside(obj: SceneObject, x: _Array, y: _Array) -> Any:
     """Which points (relative to the centre, in units of the radius, y down) the shape covers."""
     c, s = np.cos(obj.angle), np.sin(obj.angle)
     u, v = c * x + s * y, -s * x + c * y
@@ -162,7 +163,7 @@ def _inside(obj: SceneObject, x: Image, y: Image) -> NDArray[np.bool_]:
     return np.sqrt(u * u + v * v) < np.minimum(edge * 1.02, 1.2)
 
 
-def _texture(obj: SceneObject, x: Image, y: Image) -> NDArray[np.bool_]:
+def _texture(obj: SceneObject, x: _Array, y: _Array) -> Any:
     """Where the object's second, darker tone goes."""
     if obj.texture == "plain":
         return np.zeros(x.shape, dtype=bool)
@@ -196,15 +197,14 @@ def render(scene: Scene) -> Image:
 
     for obj in scene.objects:
         dx, dy = (x - obj.x) / obj.radius, (y - obj.y) / obj.radius
-        shade = 0.85 + 0.35 * (
-            np.cos(scene.light_angle) * dx + np.sin(scene.light_angle) * dy
-        )
+        shade = 0.85 + 0.35 * (np.cos(scene.light_angle) * dx + np.sin(scene.light_angle) * dy)
         shade = shade * np.where(_texture(obj, x - obj.x, y - obj.y), 0.42, 1.0)
         color = np.array(COLORS[obj.color], dtype=np.float32)[:, None, None] * shade[None]
         canvas = np.where(_inside(obj, dx, dy)[None], color, canvas)
 
     pixels = canvas.reshape(3, RESOLUTION, _SUPERSAMPLING, RESOLUTION, _SUPERSAMPLING)
-    return (np.clip(pixels.mean(axis=(2, 4)), 0.0, 1.0) * 2.0 - 1.0).astype(np.float32)
+    image: Image = (np.clip(pixels.mean(axis=(2, 4)), 0.0, 1.0) * 2.0 - 1.0).astype(np.float32)
+    return image
 
 
 def describe(scene: Scene, rng: np.random.Generator, openness: float = 0.4) -> str:

@@ -102,7 +102,8 @@ def loss_of(
         img_shapes=[[(1, GRID, GRID)]] * len(latents),
         return_dict=False,
     )[0]
-    return (velocity - (noise - latents)).pow(2).mean()
+    loss: Tensor = (velocity - (noise - latents)).pow(2).mean()
+    return loss
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -169,7 +170,7 @@ def main(
     started = time.monotonic() - seconds
     for step in tqdm(range(first, steps), initial=first, total=steps, mininterval=10):
         loss = loss_of(model, encoder, batches[step])
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(named.values(), 1.0)
         factor = learning_rate_factor(step, steps)
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
@@ -186,9 +187,9 @@ def main(
         seconds = time.monotonic() - started
         if (step + 1) % save_every == 0 or step + 1 == steps:
             with torch.no_grad():
-                held_out = float(np.mean([float(loss_of(model, encoder, validation[i])) for i in range(8)]))
+                losses = [float(loss_of(model, encoder, validation[i])) for i in range(8)]
             with open(out / "training_log.csv", "a", newline="") as file:
-                row = [step + 1, round(seconds, 1), np.mean(window), held_out]
+                row = [step + 1, round(seconds, 1), np.mean(window), np.mean(losses)]
                 csv.writer(file).writerow([str(x) for x in row])
             window.clear()
             save(step + 1)
