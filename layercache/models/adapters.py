@@ -146,7 +146,8 @@ def read_streams(
         UnsupportedModelError: The block takes no argument of a stream's name.
     """
     found: dict[str, Tensor] = {}
-    positions = _positions(type(block), block_list.streams)
+    block_class: Any = type(block)
+    positions = _positions(block_class, block_list.streams)
     for name, position in zip(block_list.streams, positions, strict=True):
         value = args[position] if position < len(args) else kwargs.get(name)
         if value is not None:
@@ -184,7 +185,8 @@ def write_outputs(block_list: BlockList, block: nn.Module, streams: Mapping[str,
 
 def check_signature(block_list: BlockList, block: nn.Module) -> None:
     """Raise `UnsupportedModelError` unless the block takes the declared streams as arguments."""
-    _positions(type(block), block_list.streams)
+    block_class: Any = type(block)
+    _positions(block_class, block_list.streams)
 
 
 @cache

@@ -1,0 +1,96 @@
+"""`apply_plan`: everything is checked first, then everything is put on, or nothing is."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
+from layercache.models.adapters import adapter_for, blocks_of, check_signature
+from layercache.models.fingerprint import model_fingerprint, setting_of
+from layercache.plan import Plan
+from layercache.runtime.gates import gate_of, is_compiled
+from layercache.runtime.run import OnMismatch, PlanRun
+
+
+def apply_plan(
+    pipe: Any, plan: Plan, *, component: str = "transformer", on_mismatch: OnMismatch = "error"
+) -> PlanRun:
+    """Put a plan on a pipeline.
+
+    The pipeline is called as before. At every step the units that the plan computes run as they
+    are, the others are predicted: a group of blocks adds `r_a + w (r_a - r_b)` to its input for
+    every stream, a skipped step hands `v_a + w (v_a - v_b)` to the scheduler. A plan that computes
+    every cell gives bit-identical images.
+
+    Args:
+        pipe: A diffusers pipeline with a supported transformer and a scheduler that has `sigmas`.
+        plan: A `Plan` for this transformer.
+        component: Which attribute of the pipeline the plan is for. A pipeline with two experts
+            takes one plan each.
+        on_mismatch: What to do with a run whose noise levels are not the plan's (tolerance
+            1e-4): `"error"` raises, `"compute"` computes the run in full, with one warning.
+
+    Returns:
+        The run: a context manager that takes the plan off, with `remove()` and `report()`.
+
+    Raises:
+        ModelMismatchError: The plan is for another model; or, while the pipeline runs, for another
+            noise schedule.
+        UnsupportedModelError: No adapter knows the transformer, or it is compiled as a whole.
+        LayerCacheError: A plan is on this transformer already.
+
+    Example:
+        >>> from layercache import Plan
+        >>> from layercache.reference import call_arguments, load_pipeline
+        >>> pipe = load_pipeline()  # doctest: +SKIP
+        >>> with apply_plan(pipe, Plan.load("plan.json")) as run:  # doctest: +SKIP
+        ...     image = pipe("a large red circle", **call_arguments()).images[0]
+        >>> print(run.report())  # doctest: +SKIP
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"apply_plan takes a Plan, not a {type(plan).__name__}: "
+            "read a file with Plan.load(path)"
+        )
+    if on_mismatch not in ("error", "compute"):
+        raise LayerCacheError(f'on_mismatch={on_mismatch!r}; it is "error" or "compute"')
+    transformer = getattr(pipe, component, None)
+    if not isinstance(transformer, nn.Module):
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has no module {component!r}: pass component= with the name of "
+            "the pipeline's transformer"
+        )
+    if getattr(getattr(pipe, "scheduler", None), "sigmas", None) is None:
+        raise UnsupportedModelError(
+            f"the scheduler of {type(pipe).__name__} has no sigmas: LayerCache runs flow-matching "
+            "schedulers, such as FlowMatchEulerDiscreteScheduler"
+        )
+    if gate_of(transformer) is not None:
+        raise LayerCacheError(
+            f"a plan is on this {type(transformer).__name__} already: remove that one first "
+            "(handle.remove(), or leave its with block)"
+        )
+    adapter = adapter_for(transformer)
+    differences = plan.check(model_fingerprint(transformer), setting_of(pipe))
+    for group in plan.groups:
+        block_list = adapter.block_list(str(group.block_list))
+        for block in blocks_of(transformer, block_list)[group.start : group.stop]:
+            check_signature(block_list, block)
+    if plan.groups and is_compiled(transformer):
+        raise UnsupportedModelError(
+            f"this {type(transformer).__name__} is compiled as a whole, so its blocks cannot be "
+            "skipped one by one: compile the blocks instead, with "
+            "layercache.runtime.compile_blocks(transformer)"
+        )
+    if differences:
+        warnings.warn(
+            "LayerCache: the plan was made in another setting; its predicted quality may not "
+            "hold: " + "; ".join(differences),
+            stacklevel=2,
+        )
+    run = PlanRun(pipe, component, plan, adapter, on_mismatch)
+    run.install()
+    return run

@@ -1,0 +1,95 @@
+"""What a run did, next to what its plan said."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Allocations are whole tensors; a larger difference means that the plan was not followed.
+_BYTES_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """One unit in the latest run; counts are steps, `seen_*` holds one count a branch."""
+
+    name: str
+    planned_computed: int
+    planned_predicted: int
+    seen_computed: dict[str, int]
+    seen_predicted: dict[str, int]
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether every branch that was called did what the plan says."""
+        return all(n == self.planned_computed for n in self.seen_computed.values()) and all(
+            n == self.planned_predicted for n in self.seen_predicted.values()
+        )
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The latest run of the pipeline under a plan. `print` it, or take `to_dict()`.
+
+    `cache_bytes_planned` is the plan's formula with the tensor sizes of this run, for all its
+    images and branches; `cache_bytes_predicted` is the plan's figure for one image;
+    `cache_bytes_seen` the peak between two steps.
+    """
+
+    steps_planned: int
+    steps_seen: int
+    units: tuple[UnitReport, ...]
+    cache_bytes_planned: int
+    cache_bytes_predicted: int
+    cache_bytes_seen: int
+    seconds: float
+    runs: int
+    problems: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What differs from the plan, in words; empty if nothing does."""
+        if self.runs == 0:
+            return ("the pipeline has not been run under this plan",)
+        found = [
+            message if count == 1 else f"{message} ({count} times)"
+            for message, count in self.problems.items()
+        ]
+        if self.steps_seen != self.steps_planned:
+            found.append(f"{self.steps_seen} of {self.steps_planned} planned steps were run")
+        else:
+            found += [f"{u.name} differs from the plan" for u in self.units if not u.as_planned]
+        difference = abs(self.cache_bytes_seen - self.cache_bytes_planned)
+        if difference > _BYTES_TOLERANCE * max(self.cache_bytes_planned, 1):
+            found.append(
+                f"the cache held {self.cache_bytes_seen} bytes at its peak, "
+                f"{self.cache_bytes_planned} were planned"
+            )
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        width = max([len(unit.name) for unit in self.units] + [4])
+        lines = [
+            f"Run {self.runs}: {self.steps_seen} of {self.steps_planned} steps, "
+            f"{self.seconds:.2f} s, cache {_mib(self.cache_bytes_seen)} at its peak "
+            f"(planned {_mib(self.cache_bytes_planned)}; "
+            f"{_mib(self.cache_bytes_predicted)} an image in the plan file)",
+            f"  {'unit':<{width}}  {'branch':<12}  computed (planned)  predicted (planned)",
+        ]
+        for unit in self.units:
+            for branch in unit.seen_computed:
+                lines.append(
+                    f"  {unit.name:<{width}}  {branch:<12}  "
+                    f"{unit.seen_computed[branch]:>8} {f'({unit.planned_computed})':>9}  "
+                    f"{unit.seen_predicted[branch]:>9} {f'({unit.planned_predicted})':>9}"
+                )
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"

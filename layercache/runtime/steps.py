@@ -1,0 +1,116 @@
+"""The step unit: whole transformer calls that are skipped, and the guided output in their place.
+
+What is predicted is the *guided* output v, read where the scheduler's `step` receives it: at a
+skipped step `v_a + w (v_a - v_b)`, at a refreshed step with a gain `v + w (v - v_previous)`. The
+skipped transformer calls still have to return something that the pipeline's own guidance
+arithmetic accepts; they return each branch's last computed output, and what the pipeline makes of
+them is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from layercache.plan import Schedule
+from layercache.runtime.arithmetic import copied, predict, tensor_bytes
+from layercache.runtime.groups import Branch
+
+
+class StepRunner:
+    """State of the step unit."""
+
+    def __init__(self, schedule: Schedule, on_problem: Callable[[str], None]) -> None:
+        self.schedule = schedule
+        self._on_problem = on_problem
+        self._outputs: dict[Branch, Any] = {}
+        self._guided: dict[int, Tensor] = {}
+        self._callers: dict[int, frozenset[Branch]] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all tensors held now."""
+        return self.output_bytes + sum(v.nbytes for v in self._guided.values())
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the branches' last outputs that are held now."""
+        return sum(tensor_bytes(output) for output in self._outputs.values())
+
+    def answer(self, step: int, branch: Branch) -> Any:
+        """What a skipped call returns, or None if the call has to be computed."""
+        schedule = self.schedule
+        if not schedule.cached[step]:
+            return None
+        if branch not in self._outputs or not self._stored(step):
+            self._on_problem(f"step: what step {step} predicts from was not stored")
+            return None
+        return copied(self._outputs[branch])
+
+    def computed(self, step: int, branch: Branch, output: Any) -> None:
+        """Keep a computed output if the next step will be skipped."""
+        cached = self.schedule.cached
+        if step + 1 < len(cached) and cached[step + 1]:
+            # A copy, since pipelines may write into what the transformer returned to them.
+            self._outputs[branch] = copied(output)
+
+    def guided(
+        self, step: int, velocity: Tensor, answered: frozenset[Branch], computed: frozenset[Branch]
+    ) -> Tensor:
+        """The velocity that the scheduler is to use instead of the pipeline's own.
+
+        Args:
+            step: The step.
+            velocity: What the pipeline made of the transformer's outputs.
+            answered: Branches whose calls were skipped at this step.
+            computed: Branches that ran.
+        """
+        schedule = self.schedule
+        weight = schedule.weight[step]
+        if not answered:
+            result = velocity
+            if schedule.refresh[step] and weight:
+                previous = self._guided.get(schedule.base[step])
+                if previous is None or previous.shape != velocity.shape:
+                    self._on_problem(f"step: what corrects step {step} was not stored")
+                else:
+                    result = predict(velocity, previous.to(velocity), weight)
+            if schedule.refresh[step] and schedule.last_use[step] > step:
+                self._guided[step] = velocity.detach().clone()
+                self._callers[step] = computed
+            return result
+        anchor = self._guided.get(schedule.anchor[step])
+        base = self._guided.get(schedule.base[step]) if weight else None
+        if anchor is None or (weight and base is None) or anchor.shape != velocity.shape:
+            self._on_problem(f"step: what was stored for step {step} was lost within it")
+            return velocity
+        if computed or answered != self._callers[schedule.anchor[step]]:
+            self._on_problem(f"step: the calls at step {step} are not those that it predicts from")
+            return velocity
+        return predict(anchor, base, weight).to(velocity)
+
+    def finish_step(self, step: int) -> None:
+        """Free what no step after `step` reads."""
+        schedule = self.schedule
+        for stored in [s for s in self._guided if schedule.last_use[s] <= step]:
+            del self._guided[stored], self._callers[stored]
+        if step + 1 >= len(schedule.cached) or not schedule.cached[step + 1]:
+            self._outputs.clear()
+
+    def flush(self, branch: Branch | None = None) -> None:
+        """Drop what is held, of one branch or of all; guided outputs belong to all branches."""
+        self._guided.clear()
+        self._callers.clear()
+        if branch is None:
+            self._outputs.clear()
+        else:
+            self._outputs.pop(branch, None)
+
+    def _stored(self, step: int) -> bool:
+        schedule = self.schedule
+        needed = [schedule.anchor[step]]
+        if schedule.weight[step]:
+            needed.append(schedule.base[step])
+        return all(s in self._guided for s in needed)
