@@ -1,0 +1,226 @@
+"""Statistics files: whole ones survive, all others are refused with one clear error."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layercache.errors import ModelMismatchError, StatsError
+from layercache.stats import CalibrationStats, Group
+
+
+def make_stats(ids: tuple[str, ...] = ("a", "b"), seed: int = 0, **changes: Any) -> Any:
+    rng = np.random.default_rng(seed)
+    count = len(ids)
+    fields: dict[str, Any] = {
+        "sigmas": np.linspace(1.0, 0.0, 6),
+        "groups": (
+            Group(block_list="blocks", start=0, stop=2),
+            Group(block_list="blocks", start=2, stop=4),
+        ),
+        "branches": 2,
+        "velocities": rng.standard_normal((count, 5, 8)).astype(np.float32),
+        "deltas": rng.standard_normal((count, 5, 2, 3, 8)).astype(np.float32),
+        "times_ms": rng.uniform(1, 2, (count, 4)),
+        "image_gain": np.full(count, 0.06),
+        "group_bytes": (100, 120),
+        "velocity_bytes": 50,
+        "output_bytes": 60,
+        "numel": 12,
+        "sketch_seed": 0,
+        "prompt_ids": ids,
+        "model": {"class_name": "M", "block_lists": {"blocks": 4}, "architecture": "x"},
+        "setting": {"num_inference_steps": 5},
+    }
+    return CalibrationStats(**(fields | changes))
+
+
+def same(a: CalibrationStats, b: CalibrationStats) -> bool:
+    return all(
+        np.array_equal(getattr(a, f.name), getattr(b, f.name))
+        if isinstance(getattr(a, f.name), np.ndarray)
+        else getattr(a, f.name) == getattr(b, f.name)
+        for f in dataclasses.fields(a)
+    )
+
+
+def test_saved_statistics_are_loaded_equal(tmp_path: Path) -> None:
+    stats = make_stats()
+    stats.save(tmp_path / "deep" / "stats.npz")
+    assert same(CalibrationStats.load(tmp_path / "deep" / "stats.npz"), stats)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["stats.npz"]
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("layercache.stats.os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        make_stats(("c",)).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["stats.npz"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 10_000))
+def test_a_truncated_file_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    path = tmp_path_factory.mktemp("cut") / "stats.npz"
+    make_stats().save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: cut % len(whole)])
+    with pytest.raises(StatsError):
+        CalibrationStats.load(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(position=st.integers(0, 100_000), value=st.integers(1, 255))
+def test_a_damaged_file_is_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, position: int, value: int
+) -> None:
+    """A flipped byte gives `StatsError`, unless it lies where nothing is read from."""
+    path = tmp_path_factory.mktemp("flip") / "stats.npz"
+    stats = make_stats()
+    stats.save(path)
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= value
+    path.write_bytes(bytes(data))
+    try:
+        loaded = CalibrationStats.load(path)
+    except StatsError:
+        return
+    assert same(loaded, stats)
+
+
+def rewrite(path: Path, edit: Any, compress: bool = False) -> None:
+    """Apply `edit` to the members of a statistics file, as a hand or a foreign tool would."""
+    with np.load(path) as file:
+        members = {name: file[name] for name in file.files}
+    meta = json.loads(members["meta"].tobytes())
+    edit(members, meta)
+    if "meta" in members:
+        members["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
+    (np.savez_compressed if compress else np.savez)(path, **members)
+
+
+def nan(members: Any, meta: Any) -> None:
+    members["deltas"] = members["deltas"].copy()
+    members["deltas"][0, 1, 0, 0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m, meta: meta.update(schema_version=2), "schema version 2.*upgrade"),
+        (lambda m, meta: meta.pop("schema_version"), "schema version None"),
+        (lambda m, meta: meta.update(surprise=1), "unknown metadata.*surprise"),
+        (lambda m, meta: meta.pop("numel"), "metadata is malformed"),
+        (lambda m, meta: meta.update(numel="many"), "metadata is malformed"),
+        (lambda m, meta: m.pop("deltas"), "missing.*deltas"),
+        (lambda m, meta: m.update(extra=np.zeros(1)), "unknown.*extra"),
+        (lambda m, meta: m.update(deltas=np.zeros((2, 5, 3, 3, 8))), "deltas has shape"),
+        (lambda m, meta: m.update(sigmas=np.ones(6)), "sigmas must fall strictly"),
+        (lambda m, meta: m.update(velocities=np.zeros((2, 5, 8), int)), "not a float"),
+        (lambda m, meta: meta.update(prompt_ids=["b", "a"]), "prompt_ids must be sorted"),
+        (nan, "deltas holds NaN or infinity.*calibrate again"),
+    ],
+)
+def test_edited_files_are_refused(tmp_path: Path, edit: Any, message: str) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    rewrite(path, edit)
+    with pytest.raises(StatsError, match=message):
+        CalibrationStats.load(path)
+
+
+def test_compressed_files_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    rewrite(path, lambda m, meta: None, compress=True)
+    with pytest.raises(StatsError, match="is compressed"):
+        CalibrationStats.load(path)
+
+
+def test_a_header_that_promises_more_than_the_file_holds_allocates_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    bomb = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (2**20, 2**20)}
+    np.lib.format.write_array_header_1_0(bomb, header)
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    members["deltas.npy"] = bomb.getvalue()
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+    with pytest.raises(StatsError, match="declares 4398046511104 bytes"):
+        CalibrationStats.load(path)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    rewrite(path, lambda m, meta: m.update(sigmas=np.array([object()] * 6)))
+    with pytest.raises(StatsError):
+        CalibrationStats.load(path)
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(StatsError, match="no such statistics file"):
+        CalibrationStats.load(tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(StatsError, match="not a whole statistics file"):
+        CalibrationStats.load(tmp_path / "text.npz")
+
+
+def test_merge_does_not_depend_on_order() -> None:
+    a, b, c = make_stats(("a", "d"), 1), make_stats(("b",), 2), make_stats(("c",), 3)
+    merged = a.merge(b).merge(c)
+    assert same(merged, c.merge(b.merge(a)))
+    assert merged.prompt_ids == ("a", "b", "c", "d")
+    np.testing.assert_array_equal(merged.velocities[0], a.velocities[0])
+    np.testing.assert_array_equal(merged.velocities[3], a.velocities[1])
+    np.testing.assert_array_equal(merged.select([1, 2]).velocities[1], c.velocities[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", {"class_name": "N"}),
+        ("setting", {"num_inference_steps": 6}),
+        ("sketch_seed", 1),
+        ("branches", 1),
+        ("numel", 13),
+    ],
+)
+def test_merge_refuses_what_differs_and_names_it(name: str, value: Any) -> None:
+    with pytest.raises(ModelMismatchError, match=name):
+        make_stats(("a",)).merge(make_stats(("b",), **{name: value}))
+
+
+def test_merge_refuses_other_sigmas_and_prompts_that_stand_in_both() -> None:
+    other = make_stats(("b",), sigmas=np.linspace(1.0, 0.0, 6) ** 2)
+    with pytest.raises(ModelMismatchError, match="sigmas differ"):
+        make_stats(("a",)).merge(other)
+    with pytest.raises(StatsError, match="1 prompts stand in both"):
+        make_stats(("a", "b")).merge(make_stats(("b", "c")))
+
+
+def test_arrays_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        make_stats().deltas[0] = 1
