@@ -82,10 +82,11 @@ def calibrate(
     """Measure a model; one statistics file serves every later budget."""
     from layercache.calibration import calibrate as run
 
+    prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
     pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
     stats = run(
         pipe,
-        read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count),
+        prompts,
         num_inference_steps=steps,
         groups=groups,
         lags=lags,
@@ -251,11 +252,12 @@ def evaluate(
     from layercache.evaluation.evaluate import evaluate_plan
 
     plan = Plan.load(plan_file)
+    prompts = read_prompts(prompt_file, pipe_name, "held-out", count or 16, limit=count)
     pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
     comparison = evaluate_plan(
         pipe,
         plan,
-        read_prompts(prompt_file, pipe_name, "held-out", count or 16, limit=count),
+        prompts,
         call_kwargs=arguments,
         seed=seed,
         batch_size=batch_size,

@@ -133,7 +133,7 @@ def load_pipe(
         from diffusers import DiffusionPipeline
 
         try:
-            pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=kind)
+            pipe = DiffusionPipeline.from_pretrained(name, dtype=kind)
         except (OSError, ValueError) as error:
             raise LayerCacheError(
                 f"cannot load the pipeline {name!r} ({error}); give a diffusers model id, a local "

@@ -98,8 +98,8 @@ class Predicted(_Frozen):
 
     speedup: float
     compute_share: float
-    psnr_db: float | None
-    psnr_worst_db: float | None
+    psnr_db: float | None = None
+    psnr_worst_db: float | None = None
     cache_bytes: int
 
 

@@ -81,7 +81,10 @@ def _paste(
     if difference is not None:
         gap, value = difference
         draw.text((left, top + _LABEL + _CELL + 2), value, fill="#334155", font=font)
-        sheet.paste(_enlarged(gap), (left, top + 2 * _LABEL + _CELL))
+        low = top + 2 * _LABEL + _CELL
+        sheet.paste(_enlarged(gap), (left, low))
+        # Large differences are white, as the page is.
+        draw.rectangle((left, low, left + _CELL - 1, low + _CELL - 1), outline="#cbd5e1")
 
 
 def _enlarged(image: Tensor) -> Any:

@@ -1,0 +1,281 @@
+"""The command line on a tiny random model: results, exit codes, and one clean line an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from layercache.cli import main
+from layercache.plan import Plan
+from layercache.reference.text import WordEncoder
+from layercache.stats import CalibrationStats
+from tests.tiny import tiny_transformer
+
+STEPS = 6
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def succeeded(*arguments: object) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def failed(code: int, *arguments: object) -> str:
+    """Run a command that must fail with `code`; its one line on stderr, without "Error: "."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("Error: ").rstrip()
+
+
+def weights_of(folder: Path, blocks: int) -> Path:
+    tiny_transformer(blocks).save_pretrained(folder / "transformer")
+    WordEncoder().save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return weights_of(tmp_path_factory.mktemp("weights"), blocks=4)
+
+
+def calibrate(weights: Path, out: Path, *more: object) -> Result:
+    options = ("--steps", STEPS, "--groups", 2, "--lags", 3, "--out", out)
+    return succeeded("calibrate", "--weights", weights, *options, *more)
+
+
+@pytest.fixture(scope="module")
+def stats_file(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stats") / "stats.npz"
+    calibrate(weights, out, "--count", 3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plan_file(stats_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    succeeded("compile", stats_file, "--budget", "0.7", "--out", out)
+    return out
+
+
+def test_help_names_every_command() -> None:
+    text = succeeded("--help").stdout
+    for name in ("demo", "calibrate", "merge", "compile", "inspect", "check", "eval"):
+        assert name in text
+        assert "--json" in succeeded(name, "--help").stdout
+
+
+def test_the_module_runs_as_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "layercache", "inspect", "nowhere.json"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr == "Error: nowhere.json: No such file or directory\n"
+
+
+def test_calibrate_writes_statistics_and_prints_only_json(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.npz"
+    result = calibrate(weights, out, "--count", 2, "--json")
+    data = json.loads(result.stdout)
+    assert data["prompts"] == 2 and data["steps"] == STEPS
+    assert data["groups"] == ["transformer_blocks[0:2]", "transformer_blocks[2:4]"]
+    assert CalibrationStats.load(out).num_prompts == 2
+
+
+def test_calibrate_reads_prompts_from_a_file(weights: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\n  a blue square \na green star\n")
+    out = tmp_path / "s.npz"
+    data = json.loads(calibrate(weights, out, "--prompts", file, "--count", 2, "--json").stdout)
+    assert data["prompts"] == 2
+
+
+def test_calibrate_with_an_unknown_word_says_which(weights: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red cirkle\n")
+    message = failed(1, "calibrate", "--weights", weights, "--prompts", file, "--steps", 2)
+    assert "does not know the word 'cirkle'" in message and "'circle'" in message
+
+
+def test_another_model_needs_prompts() -> None:
+    result = run("calibrate", "--pipe", "some/model")
+    assert result.exit_code == 2
+    assert "--prompts is needed for every model but the reference one" in result.stderr
+
+
+def test_a_pipeline_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    message = failed(1, "check", "--pipe", tmp_path / "none", _write_plan(tmp_path))
+    assert message.startswith("cannot load the pipeline") and "give a diffusers model id" in message
+
+
+def test_merge_joins_and_refuses_the_same_prompts_twice(
+    weights: Path, stats_file: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "more.txt"
+    prompts.write_text("a red circle\n")
+    other, out = tmp_path / "other.npz", tmp_path / "all.npz"
+    calibrate(weights, other, "--prompts", prompts)
+    data = json.loads(succeeded("merge", stats_file, other, "--out", out, "--json").stdout)
+    assert data["prompts"] == 4
+    assert "3 prompts stand in both" in failed(1, "merge", stats_file, stats_file, "--out", out)
+
+
+def test_merge_of_another_model_is_a_mismatch(stats_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.npz"
+    calibrate(weights_of(tmp_path / "w", blocks=6), other, "--count", 1)
+    assert "cannot merge statistics" in failed(3, "merge", stats_file, other, "--out", other)
+
+
+def test_compile_prints_the_plan_and_keeps_the_budget(stats_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    result = succeeded("compile", stats_file, "--budget", "0.6", "--out", out)
+    plan = Plan.load(out)
+    assert plan.predicted.compute_share <= 0.6
+    assert result.stdout.rstrip() == plan.summary()
+    data = json.loads(
+        succeeded("compile", stats_file, "--budget", ".6", "--out", out, "--json").stdout
+    )
+    assert Plan.from_dict(data["plan"]) == plan
+
+
+def test_compile_passes_its_options_on(stats_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    options = ("--solver", "greedy", "--units", "groups", "--gains", "unit")
+    succeeded("compile", stats_file, "--budget", "0.8", *options, "--out", out)
+    plan = Plan.load(out)
+    assert plan.certificate.solver == "greedy" and plan.step_unit is None
+
+
+@pytest.mark.parametrize("budget", ["fast", "1.5", "-1", "0.5x", "nanx"])
+def test_a_budget_that_cannot_be_read_is_wrong_usage(stats_file: Path, budget: str) -> None:
+    result = run("compile", stats_file, "--budget", budget)
+    assert result.exit_code == 2
+    assert f"budget {budget!r} cannot be read: give a share in (0, 1]" in result.stderr
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(stats_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    message = failed(1, "compile", stats_file, "--budget", "0.001", "--out", out)
+    assert "budget" in message and not out.exists()
+
+
+def test_inspect_tells_plans_from_statistics(stats_file: Path, plan_file: Path) -> None:
+    assert succeeded("inspect", plan_file).stdout.startswith("Plan for QwenImageTransformer2DModel")
+    assert succeeded("inspect", stats_file).stdout.startswith("CalibrationStats of QwenImage")
+    assert "plan" in json.loads(succeeded("inspect", plan_file, "--json").stdout)
+    assert "group_ms" in json.loads(succeeded("inspect", stats_file, "--json").stdout)
+
+
+def test_a_truncated_plan_is_one_line(plan_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_bytes(plan_file.read_bytes()[:-40])
+    assert "not a whole plan file" in failed(1, "inspect", broken)
+
+
+def test_truncated_statistics_are_one_line(stats_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(stats_file.read_bytes()[:-400])
+    assert "not a whole statistics file" in failed(1, "inspect", broken)
+
+
+def test_statistics_with_nan_are_refused(stats_file: Path, tmp_path: Path) -> None:
+    with np.load(stats_file) as archive:
+        members: dict[str, Any] = dict(archive)
+    members["velocities"] = members["velocities"].copy()
+    members["velocities"][0, 0, 0] = np.nan
+    broken = tmp_path / "nan.npz"
+    np.savez(broken, **members)
+    message = failed(1, "compile", broken, "--budget", "0.5", "--out", tmp_path / "p.json")
+    assert "velocities holds NaN or infinity: the calibration run overflowed" in message
+
+
+def test_check_accepts_the_model_and_its_statistics(
+    weights: Path, stats_file: Path, plan_file: Path
+) -> None:
+    result = succeeded("check", plan_file, "--weights", weights, "--json")
+    assert json.loads(result.stdout) == {"fits": True, "warnings": []}
+    assert "fits QwenImage" in succeeded("check", plan_file, "--stats", stats_file).stdout
+
+
+def test_check_warns_of_another_setting(weights: Path, plan_file: Path) -> None:
+    call = '{"true_cfg_scale": 2.0}'
+    result = succeeded("check", plan_file, "--weights", weights, "--call", call)
+    assert "warning: true_cfg_scale is 4.0 in the plan and 2.0 here" in result.stdout
+
+
+def test_check_refuses_another_model(plan_file: Path, tmp_path: Path) -> None:
+    message = failed(3, "check", plan_file, "--weights", weights_of(tmp_path, blocks=6))
+    assert "this plan is for another model" in message
+
+
+def test_eval_measures_the_plan_beside_the_controls(
+    weights: Path, plan_file: Path, tmp_path: Path
+) -> None:
+    arguments = ("eval", plan_file, "--weights", weights, "--count", 2, "--out", tmp_path)
+    data = json.loads(succeeded(*arguments, "--json").stdout)
+    assert [row["method"] for row in data["rows"]] == ["layercache", "uniform", "fewer-steps"]
+    assert data["gate_failures"] == []
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == data["rows"]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_eval_fails_with_four_when_a_gate_fails(weights: Path, plan_file: Path) -> None:
+    base = ("eval", plan_file, "--weights", weights, "--count", 1)
+    assert run(*base, "--min-psnr", 1).exit_code == 0
+    result = run(*base, "--min-psnr", 119, "--min-speedup", 99)
+    assert result.exit_code == 4
+    assert "mean PSNR is " in result.stderr and "below the gate of 119.00 dB" in result.stderr
+    assert "below the gate of 99.00x" in result.stderr
+    assert "fewer-steps" in result.stdout, "the table is printed all the same"
+
+
+def test_eval_of_a_plan_for_another_model_is_a_mismatch(plan_file: Path, tmp_path: Path) -> None:
+    other = weights_of(tmp_path, blocks=6)
+    assert "another model" in failed(3, "eval", plan_file, "--weights", other, "--count", 1)
+
+
+def test_wrong_usage_is_exit_code_two() -> None:
+    assert run("compile").exit_code == 2
+    assert run("nonsense").exit_code == 2
+    assert run("calibrate", "--call", "[1]").exit_code == 2
+
+
+def test_demo_does_the_whole_job(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = succeeded("demo", "--out", out, "--weights", weights)
+    results = json.loads((out / "results.json").read_text())
+    methods = {"layercache", "layercache-published", "meancache", "uniform", "fewer-steps"}
+    assert {row["method"] for row in results["rows"]} == methods
+    assert {row["target_speedup"] for row in results["rows"]} == {1.37, 2.0, 3.0}
+    assert len(results["rows"]) == 15
+    for row in results["rows"]:
+        assert row["compute_share"] <= 1 / row["target_speedup"] + 1e-9
+        assert row["method"] in result.stdout
+    names = {path.name for path in out.iterdir()}
+    plans = {"plan-1.37x.json", "plan-2x.json", "plan-3x.json"}
+    pictures = {"sheet.png", "plan.png", "pareto.png"}
+    assert names == plans | pictures | {"stats.npz", "results.json", "report.html"}
+    for name in plans:
+        Plan.load(out / name)
+
+
+def _write_plan(folder: Path) -> Path:
+    from tests.test_plan_format import example
+
+    path = folder / "example.json"
+    Plan.from_dict(example()).save(path)
+    return path
