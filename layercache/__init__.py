@@ -1,0 +1,32 @@
+"""LayerCache: calibrate a flow-matching model once, compile caching plans for any budget.
+
+Importing this package does not import torch. Calibration and the runtime, which need it, are
+`layercache.calibration` and `layercache.runtime`.
+"""
+
+from layercache.compile import compile_plan, pareto
+from layercache.errors import (
+    BudgetError,
+    LayerCacheError,
+    ModelMismatchError,
+    PlanError,
+    StatsError,
+    UnsupportedModelError,
+)
+from layercache.plan import Budget, Plan
+from layercache.stats import CalibrationStats, Group
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "CalibrationStats",
+    "Group",
+    "LayerCacheError",
+    "ModelMismatchError",
+    "Plan",
+    "PlanError",
+    "StatsError",
+    "UnsupportedModelError",
+    "compile_plan",
+    "pareto",
+]

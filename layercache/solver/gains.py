@@ -1,0 +1,283 @@
+"""Gains of a fixed schedule: per cell, or for the whole trajectory at once.
+
+Errors along a trajectory add up as vectors. With the schedule fixed, the error that prompt p's final
+latent collects is affine in all gains,
+
+    E_p(gamma) = sum over cached cells of    dsigma_t [D_a + gamma c (D_a - D_b)]
+               + sum over run steps t > 0 of dsigma_t gamma (v_t - v_previous),
+
+with c = (sigma_t - sigma_a) / (sigma_a - sigma_b). The second sum holds *corrections*: the step unit
+may add a multiple of its own last change at a computed step, and so pay back errors made before
+(a linear multistep method). Write E_p = e_p + A_p^T gamma. *Trajectory gains* minimise
+
+    sum_p ||e_p + A_p^T gamma||^2 + ridge * sum_k d_k (gamma_k - gamma0_k)^2,
+
+d_k = sum_p ||A_pk||^2, gamma0 the cell's own optimum (0 for a correction). The ridge comes from a
+small grid by leave-one-prompt-out: the gains are fitted on all other prompts, and the mean log of the
+squared error predicted for the one left out decides. Per-cell gains stand in the same comparison; if
+they win, they are used, and the result says so.
+
+The model is first order: it knows neither how an error made early is amplified or damped by later
+steps, nor how several groups cached at one step interact. That is why the guard is there.
+
+Source: least-squares multistep coefficients for diffusion sampling are known (for example DPM-Solver-v3,
+arXiv 2310.13268, for global ones); the affine form over a caching schedule is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from layercache.errors import LayerCacheError
+from layercache.solver.pricing import STEP_NAME, cell_gains
+from layercache.solver.problem import FloatArray, UnitSchedule
+from layercache.stats import CalibrationStats
+
+GainMode = Literal["none", "unit", "cell", "trajectory"]
+
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+DECIMALS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class GainFit:
+    """Fitted gains and how they were chosen.
+
+    Attributes:
+        gains: One (T,) array a unit, 0 where no gain applies, rounded as plan files are.
+        mode: The mode that is used in the end; `"cell"` if trajectory gains were refused.
+        ridge: The ridge of trajectory gains, or None.
+        loo_error: (P,) predicted squared error per element of each prompt, with gains fitted
+            without it (for a single prompt: with it).
+        note: What was decided, for a person.
+    """
+
+    gains: tuple[FloatArray, ...]
+    mode: GainMode
+    ridge: float | None
+    loo_error: FloatArray
+    note: str
+
+    @property
+    def score(self) -> float:
+        """Mean log10 of `loo_error`; lower is better. Minus infinity for an exact plan."""
+        return _score(self.loo_error)
+
+
+@dataclass(frozen=True, eq=False)
+class _System:
+    """E_p = e_p + A_p^T gamma, by its inner products.
+
+    Shapes: constant (P,) ||e||^2; linear (P, n) A e; gram (P, n, n) A A^T; inner and norm (P, n)
+    <x_k, y_k> and ||y_k||^2 of each variable's own cell; place n pairs (unit, step).
+    """
+
+    constant: FloatArray
+    linear: FloatArray
+    gram: FloatArray
+    inner: FloatArray
+    norm: FloatArray
+    place: tuple[tuple[int, int], ...]
+    correction: np.ndarray
+
+    def error(self, prompt: int, gains: FloatArray) -> float:
+        """||E_p||^2."""
+        value = self.constant[prompt] + gains @ (
+            2 * self.linear[prompt] + self.gram[prompt] @ gains
+        )
+        return max(float(value), 0.0)
+
+    def errors(self, gains: FloatArray) -> FloatArray:
+        """(P,) of `error`."""
+        return np.array([self.error(p, gains) for p in range(len(self.constant))])
+
+    def own_optima(self, prompts: list[int]) -> FloatArray:
+        """Each variable's own least-squares optimum over some prompts; 0 for corrections."""
+        own = cell_gains(self.inner[prompts].sum(axis=0), self.norm[prompts].sum(axis=0))
+        return np.where(self.correction, 0.0, own)
+
+    def ridge_fit(self, prompts: list[int], ridge: float) -> FloatArray:
+        """Trajectory gains fitted on some prompts."""
+        start = self.own_optima(prompts)
+        gram = self.gram[prompts].sum(axis=0)
+        residual = self.linear[prompts].sum(axis=0) + gram @ start
+        weight = np.diagonal(gram).copy()
+        # A direction that no prompt excites keeps its start; the floor makes the system regular.
+        weight = np.maximum(weight, 1e-12 * max(float(weight.max(initial=0.0)), 1e-300))
+        scale = 1.0 / np.sqrt(weight)
+        matrix = gram * scale[:, None] * scale + ridge * np.eye(len(scale))
+        result: FloatArray = start - scale * np.linalg.solve(matrix, scale * residual)
+        return result
+
+
+def fit_gains(
+    stats: CalibrationStats,
+    schedules: Sequence[UnitSchedule],
+    mode: GainMode = "trajectory",
+    *,
+    corrections: bool = True,
+) -> GainFit:
+    """Gains for every cell of a schedule.
+
+    Args:
+        stats: The statistics that priced the schedule.
+        schedules: One schedule a unit; its name is `"step"` or that of one of `stats.groups`.
+        mode: `"none"`, `"unit"`, `"cell"` or `"trajectory"`.
+        corrections: Whether computed steps of the step unit may carry a gain (trajectory only).
+
+    Raises:
+        LayerCacheError: The mode is unknown.
+
+    Example:
+        >>> fit = fit_gains(stats, solution.units)  # doctest: +SKIP
+        >>> fit.mode, fit.ridge  # doctest: +SKIP
+        ('trajectory', 0.1)
+    """
+    if mode not in ("none", "unit", "cell", "trajectory"):
+        raise LayerCacheError(
+            f"gains is {mode!r}; use 'none', 'unit', 'cell' or 'trajectory'"
+        )
+    with_corrections = corrections and mode == "trajectory"
+    system = _assemble(stats, schedules, with_corrections)
+    everyone = list(range(stats.num_prompts))
+    zeros = np.zeros(len(system.place))
+    if mode in ("none", "unit") or not system.place:
+        gains = np.ones_like(zeros) if mode == "unit" else zeros
+        return _finish(stats, schedules, system, gains, mode, None, None, "gains are fixed")
+    cell_loo = _leave_one_out(system, lambda rest: system.own_optima(rest))
+    if mode == "cell":
+        gains = system.own_optima(everyone)
+        return _finish(stats, schedules, system, gains, mode, None, cell_loo, "each cell's own")
+    if len(everyone) < 2:
+        note = "per-cell gains: trajectory gains need two prompts or more to be checked"
+        gains = system.own_optima(everyone)
+        return _finish(stats, schedules, system, gains, "cell", None, cell_loo, note)
+    trials = [
+        (ridge, _leave_one_out(system, lambda rest, ridge=ridge: system.ridge_fit(rest, ridge)))  # type: ignore[misc]
+        for ridge in RIDGES
+    ]
+    ridge, loo = min(trials, key=lambda trial: _score(trial[1]))
+    gain_db = 10 * (_score(cell_loo) - _score(loo))
+    if not _score(loo) < _score(cell_loo):
+        note = (
+            "per-cell gains: trajectory gains were predicted to lose "
+            f"{-gain_db:.2f} dB on prompts left out"
+        )
+        gains = system.own_optima(everyone)
+        return _finish(stats, schedules, system, gains, "cell", None, cell_loo, note)
+    note = f"trajectory gains, ridge {ridge:g}: {gain_db:.2f} dB over per-cell on prompts left out"
+    gains = system.ridge_fit(everyone, ridge)
+    return _finish(stats, schedules, system, gains, "trajectory", ridge, loo, note)
+
+
+def trajectory_error(
+    stats: CalibrationStats,
+    schedules: Sequence[UnitSchedule],
+    gains: Sequence[FloatArray],
+) -> FloatArray:
+    """(P,) predicted mean squared error per element of the final latent."""
+    system = _assemble(stats, schedules, True)
+    values = np.array([gains[unit][step] for unit, step in system.place])
+    return system.errors(values) / stats.numel
+
+
+def predicted_psnr(stats: CalibrationStats, error: FloatArray) -> FloatArray:
+    """(P,) PSNR in dB of images in [0, 1] against the uncached ones; infinite without error."""
+    with np.errstate(divide="ignore"):
+        result: FloatArray = -10 * np.log10(stats.image_gain * error)
+    return result
+
+
+def _score(error: FloatArray) -> float:
+    with np.errstate(divide="ignore"):
+        return float(np.log10(error).mean())
+
+
+def _leave_one_out(system: _System, fit) -> FloatArray:  # type: ignore[no-untyped-def]
+    """(P,) squared error of each prompt under gains fitted on all others."""
+    prompts = list(range(len(system.constant)))
+    if len(prompts) < 2:
+        return system.errors(fit(prompts))
+    return np.array([system.error(p, fit([q for q in prompts if q != p])) for p in prompts])
+
+
+def _finish(
+    stats: CalibrationStats,
+    schedules: Sequence[UnitSchedule],
+    system: _System,
+    values: FloatArray,
+    mode: GainMode,
+    ridge: float | None,
+    loo: FloatArray | None,
+    note: str,
+) -> GainFit:
+    values = np.round(values, DECIMALS)
+    table = tuple(np.zeros(stats.num_steps) for _ in schedules)
+    for (unit, step), value in zip(system.place, values, strict=True):
+        table[unit][step] = value
+    error = (system.errors(values) if loo is None else loo) / stats.numel
+    return GainFit(table, mode, ridge, error, note)
+
+
+def _assemble(
+    stats: CalibrationStats, schedules: Sequence[UnitSchedule], corrections: bool
+) -> _System:
+    sigmas = np.asarray(stats.sigmas, dtype=np.float64)
+    dsigma = np.diff(sigmas)
+    group_of = {group.name: index for index, group in enumerate(stats.groups)}
+    cells: list[tuple[int, int, int, int]] = []
+    moves: list[tuple[int, int, int]] = []
+    touched = any(schedule.cached.any() for schedule in schedules)
+    for unit, schedule in enumerate(schedules):
+        for step in np.flatnonzero(schedule.cached):
+            cells.append((unit, int(step), int(schedule.anchor[step]), int(schedule.base[step])))
+        if schedule.name == STEP_NAME and corrections and touched:
+            refreshes = np.flatnonzero(schedule.refresh)
+            moves += [
+                (unit, int(b), int(a)) for a, b in zip(refreshes, refreshes[1:], strict=False)
+            ]
+    variables = [cell for cell in cells if cell[3] >= 0]
+    place = tuple((unit, step) for unit, step, *_ in variables) + tuple(
+        (unit, step) for unit, step, _ in moves
+    )
+    count, size = len(place), stats.velocities.shape[2]
+    constant, linear, gram, inner, norm = [], [], [], [], []
+    for prompt in range(stats.num_prompts):
+        velocity = np.asarray(stats.velocities[prompt], dtype=np.float64)
+        deltas = stats.deltas[prompt]
+
+        def delta(unit: int, step: int, source: int) -> FloatArray:
+            name = schedules[unit].name
+            if name == STEP_NAME:
+                return velocity[source] - velocity[step]  # noqa: B023
+            found: FloatArray = deltas[step, group_of[name], step - source - 1].astype(np.float64)  # noqa: B023
+            return found
+
+        fixed = np.zeros(size)
+        rows = np.zeros((count, size))
+        own = np.zeros(count)
+        row = 0
+        for unit, step, anchor, base in cells:
+            reuse = dsigma[step] * delta(unit, step, anchor)
+            fixed += reuse
+            if base < 0:
+                continue
+            reach = (sigmas[step] - sigmas[anchor]) / (sigmas[anchor] - sigmas[base])
+            rows[row] = reach * (reuse - dsigma[step] * delta(unit, step, base))
+            own[row] = reuse @ rows[row]
+            row += 1
+        for _, step, previous in moves:
+            rows[row] = dsigma[step] * (velocity[step] - velocity[previous])
+            row += 1
+        constant.append(fixed @ fixed)
+        linear.append(rows @ fixed)
+        gram.append(rows @ rows.T)
+        inner.append(own)
+        norm.append((rows**2).sum(axis=1))
+    correction = np.arange(count) >= len(variables)
+    stack = [np.array(part) for part in (constant, linear, gram, inner, norm)]
+    return _System(*stack, place, correction)
