@@ -1,0 +1,286 @@
+"""A pipeline around any transformer, random plans, and a slow runtime to compare with.
+
+The slow runtime shares no code with `layercache.runtime` but the adapters' reading of arguments: it
+patches `forward`, keeps every block's own delta of every step for ever, and reads the plan's cells
+by itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from layercache.models import adapter_for, model_fingerprint
+from layercache.models.adapters import blocks_of, read_outputs, read_streams, write_outputs
+from layercache.models.stepping import sigmas_of
+from layercache.plan import Budget, Certificate, ModelFingerprint, Plan, Predicted, UnitPlan
+from tests.models.zoo import tensors_of
+
+MAIN = ("x", "hidden_states", "vision_tokens")
+TIMES = ("timestep", "timesteps", "t", "vision_timesteps")
+TEXTS = (
+    "encoder_hidden_states",
+    "cap_feats",
+    "encoder_hidden_states_t5",
+    "input_ids",
+)
+
+
+class LoopPipeline:
+    """The smallest pipeline: a scheduler, a transformer, guidance over two calls a step.
+
+    The latent is one flat vector; it enters the transformer through its mean, so that errors at one
+    step reach all later ones.
+    """
+
+    def __init__(self, transformer: nn.Module, inputs: Mapping[str, Any], guided: bool = True):
+        self.transformer = transformer
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        self.inputs, self.guided = dict(inputs), guided
+        self.named = True
+
+    def arguments(self, sigma: float, latent: Tensor | None, branch: str) -> dict[str, Any]:
+        changed = dict(self.inputs)
+        for name in MAIN:
+            if name in changed:
+                mean = 0.0 if latent is None else float(latent.mean())
+                changed[name] = _mapped(changed[name], lambda v, m=mean: v * (0.5 + sigma) + m)
+        for name in TIMES:
+            if name in changed:
+                changed[name] = changed[name] * sigma
+        for name in TEXTS:
+            if name in changed and branch == "uncond":
+                changed[name] = _mapped(changed[name], lambda v: v.flip(-1))
+        return changed
+
+    def call(self, sigma: float, latent: Tensor | None, branch: str) -> Tensor:
+        transformer: Any = self.transformer
+        context: Any = nullcontext()
+        if self.named and hasattr(transformer, "cache_context"):
+            context = transformer.cache_context(branch)
+        with context:
+            output = transformer(**self.arguments(sigma, latent, branch), return_dict=False)
+        return torch.cat([tensor.flatten() for tensor in tensors_of(output)]).float()
+
+    def velocity(self, sigma: float, latent: Tensor | None) -> Tensor:
+        cond = self.call(sigma, latent, "cond")
+        if not self.guided:
+            return cond
+        uncond = self.call(sigma, latent, "uncond")
+        return uncond + 2.0 * (cond - uncond)
+
+    @torch.no_grad()
+    def __call__(self, steps: int, start: int = 0) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        self.scheduler.set_begin_index(start)
+        sigmas = sigmas_of(self.scheduler)
+        latent: Tensor | None = None
+        for index, t in enumerate(self.scheduler.timesteps[start:], start):
+            velocity = self.velocity(sigmas[index], latent)
+            if latent is None:
+                latent = torch.linspace(-1.0, 2.0, velocity.numel())
+            latent = self.scheduler.step(velocity, t, latent, return_dict=False)[0]
+        assert latent is not None
+        return latent
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return [function(v) for v in value] if isinstance(value, list) else function(value)
+
+
+def group(
+    name: str, start: int, stop: int, cells: str, gains: Sequence[float] | None = None
+) -> UnitPlan:
+    """A group's row."""
+    gains = None if gains is None else tuple(gains)
+    return UnitPlan(kind="group", block_list=name, start=start, stop=stop, cells=cells, gains=gains)
+
+
+def step(cells: str, gains: Sequence[float] | None = None) -> UnitPlan:
+    """The step unit's row."""
+    return UnitPlan(kind="step", cells=cells, gains=None if gains is None else tuple(gains))
+
+
+def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) -> Plan:
+    """A plan for the pipeline's transformer on its scheduler's levels for `steps` steps."""
+    pipe.scheduler.set_timesteps(steps)
+    fields: dict[str, Any] = {
+        "generator": "tests",
+        "model": ModelFingerprint(**model_fingerprint(pipe.transformer)),
+        "setting": {},
+        "sigmas": sigmas_of(pipe.scheduler),
+        "branches": 2,
+        "units": tuple(units),
+        "budget": Budget(fraction=0.5),
+        "predicted": Predicted(
+            speedup=2.0, compute_share=0.5, psnr_db=None, psnr_worst_db=None, cache_bytes=0
+        ),
+        "certificate": Certificate(
+            solver="dp", gains="unit", power=1.0, objective=0.0, lower_bound=0.0, gap=0.0
+        ),
+    }
+    return Plan(**(fields | changes))
+
+
+def random_units(
+    block_lists: Mapping[str, int], steps: int, rng: random.Random, with_step: bool = True
+) -> list[UnitPlan]:
+    """A valid plan: any cuts, any cells, spans that reach a refresh, random gains."""
+    units: list[UnitPlan] = []
+    runs = [True] * steps
+    if with_step:
+        cells, gains = _random_row(runs, rng, correct=True)
+        runs = [symbol == "#" for symbol in cells]
+        units.append(step(cells, gains))
+    for name, count in block_lists.items():
+        cuts = sorted(rng.sample(range(count + 1), k=min(count + 1, rng.randint(2, 4))))
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            cells, gains = _random_row(runs, rng, correct=False)
+            units.append(group(name, start, stop, cells, gains))
+    return units
+
+
+def _random_row(runs: Sequence[bool], rng: random.Random, correct: bool) -> tuple[str, list[float]]:
+    cells, gains, refreshes = "", [], []
+    for index, run in enumerate(runs):
+        gain = 0.0
+        if not run:
+            symbol = "."
+        elif not refreshes or rng.random() < 0.5:
+            symbol = "#"
+            if correct and refreshes and rng.random() < 0.5:
+                gain = rng.uniform(-0.3, 0.3)
+            refreshes.append(index)
+        else:
+            reach = refreshes[-1] - refreshes[0]
+            span = rng.randint(0, min(reach, 9))
+            symbol = str(span)
+            gain = rng.uniform(-0.5, 1.5) if span else 0.0
+        cells += symbol
+        gains.append(gain)
+    return cells, gains
+
+
+class SlowRuntime:
+    """Runs a `LoopPipeline` under units, keeping everything and sharing nothing."""
+
+    def __init__(self, pipe: LoopPipeline, steps: int, units: Sequence[UnitPlan]) -> None:
+        self.pipe, self.steps, self.units = pipe, steps, units
+        self.sigmas: tuple[float, ...] = ()
+        self.deltas: dict[tuple[Any, ...], Tensor] = {}
+        self.at = (0, "cond")
+        self.entered: set[str] = set()
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        pipe = self.pipe
+        model: Any = pipe.transformer
+        adapter = adapter_for(model)
+        patched = []
+        for unit in self.units:
+            if unit.kind == "group":
+                block_list = adapter.block_list(str(unit.block_list))
+                blocks = blocks_of(model, block_list)
+                for position in range(unit.start or 0, unit.stop or 0):
+                    block = blocks[position]
+                    block.forward = self._patch(unit, block_list, block, position, block.forward)
+                    patched.append(block)
+        try:
+            return self._loop()
+        finally:
+            for block in patched:
+                del block.forward
+
+    def _loop(self) -> Tensor:
+        pipe = self.pipe
+        pipe.scheduler.set_timesteps(self.steps)
+        self.sigmas = sigmas_of(pipe.scheduler)
+        whole = next((unit for unit in self.units if unit.kind == "step"), None)
+        velocities: dict[int, Tensor] = {}
+        latent: Tensor | None = None
+        for index in range(self.steps):
+            symbol = "#" if whole is None else whole.cells[index]
+            sigma = self.sigmas[index]
+            if symbol == "#":
+                velocities[index] = used = self._velocity(index, sigma, latent)
+                gain = whole.gains[index] if whole is not None and whole.gains else 0.0
+                if gain:
+                    previous = max(s for s in velocities if s < index)
+                    used = used + gain * (used - velocities[previous])
+            else:
+                assert whole is not None
+                used = self._predict(whole, index, velocities)
+            if latent is None:
+                latent = torch.linspace(-1.0, 2.0, used.numel())
+            latent = latent + (self.sigmas[index + 1] - sigma) * used
+        assert latent is not None
+        return latent
+
+    def _velocity(self, index: int, sigma: float, latent: Tensor | None) -> Tensor:
+        outputs = []
+        for branch in ("cond", "uncond") if self.pipe.guided else ("cond",):
+            self.at, self.entered = (index, branch), set()
+            outputs.append(self.pipe.call(sigma, latent, branch))
+        if len(outputs) == 1:
+            return outputs[0]
+        return outputs[1] + 2.0 * (outputs[0] - outputs[1])
+
+    def _predict(self, unit: UnitPlan, index: int, values: Mapping[int, Tensor]) -> Tensor:
+        refreshes = [s for s in range(index) if unit.cells[s] == "#"]
+        anchor = refreshes[-1]
+        span = int(unit.cells[index], 36)
+        if span == 0:
+            return values[anchor]
+        base = max(s for s in refreshes if s <= anchor - span)
+        gain = 1.0 if unit.gains is None else unit.gains[index]
+        slope = (values[anchor] - values[base]) / (self.sigmas[anchor] - self.sigmas[base])
+        return values[anchor] + gain * (self.sigmas[index] - self.sigmas[anchor]) * slope
+
+    def _patch(
+        self, unit: UnitPlan, block_list: Any, block: nn.Module, position: int, original: Any
+    ) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            index, branch = self.at
+            before = read_streams(block_list, block, args, kwargs)
+            if unit.cells[index] == "#":
+                output = original(*args, **kwargs)
+                for name, after in read_outputs(block_list, output).items():
+                    self.deltas[branch, position, unit.name, name, index] = after - before[name]
+                return output
+            if unit.name in self.entered:
+                return write_outputs(block_list, block, before)
+            self.entered.add(unit.name)
+            after = {}
+            for name, tensor in before.items():
+                sums: dict[int, Tensor] = {}
+                for s in range(index):
+                    if unit.cells[s] == "#":
+                        keys = [
+                            (branch, p, unit.name, name, s)
+                            for p in range(unit.start or 0, unit.stop or 0)
+                        ]
+                        # A stream that some block of the group drops is not read afterwards.
+                        if all(key in self.deltas for key in keys):
+                            sums[s] = sum(self.deltas[key] for key in keys)  # type: ignore[assignment]
+                after[name] = tensor + self._predict(unit, index, sums) if sums else tensor
+            return write_outputs(block_list, block, after)
+
+        return forward
+
+
+def traces(module: nn.Module) -> dict[str, dict[str, int]]:
+    """Identity of everything that every submodule carries in its instance dictionary."""
+    return {
+        name: {
+            key: id(value)
+            for key, value in vars(child).items()
+            if not isinstance(value, (dict, set, list))
+        }
+        for name, child in module.named_modules()
+    }
