@@ -260,6 +260,8 @@ class PlanRun:
         for gate in self._gates:
             # A block that was compiled after the plan was put on has displaced its gate.
             gate.install()
+        for group in self._groups:
+            group.bytes_per_refresh.clear()
         self._signatures.clear()
         self._sigmas = self._scheduler.sigmas
         self._step, self._steps_done = -1, 0

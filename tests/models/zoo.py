@@ -395,15 +395,15 @@ BUILDERS: dict[str, Builder] = {
 }
 
 
-def build(name: str, seed: int = 0) -> tuple[nn.Module, Inputs]:
-    """The model `name` and inputs; equal for equal seeds.
+def build(name: str, seed: int = 0, **changes: Any) -> tuple[nn.Module, Inputs]:
+    """The model `name` and inputs; equal for equal seeds. `changes` go to its configuration.
 
     Parameters that diffusers starts at zero (gates, modulations, empty tables) are made random, so
     that every block matters.
     """
     torch.manual_seed(seed)
     config, inputs = BUILDERS[name]()
-    model = getattr(diffusers, name)(**config).eval()
+    model = getattr(diffusers, name)(**(config | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point():

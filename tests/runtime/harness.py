@@ -7,6 +7,7 @@ by itself.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -109,7 +110,8 @@ def step(cells: str, gains: Sequence[float] | None = None) -> UnitPlan:
 
 def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) -> Plan:
     """A plan for the pipeline's transformer on its scheduler's levels for `steps` steps."""
-    pipe.scheduler.set_timesteps(steps)
+    if "sigmas" not in changes:
+        pipe.scheduler.set_timesteps(steps)
     fields: dict[str, Any] = {
         "generator": "tests",
         "model": ModelFingerprint(**model_fingerprint(pipe.transformer)),
@@ -140,7 +142,7 @@ def random_units(
         units.append(step(cells, gains))
     for name, count in block_lists.items():
         cuts = sorted(rng.sample(range(count + 1), k=min(count + 1, rng.randint(2, 4))))
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             cells, gains = _random_row(runs, rng, correct=False)
             units.append(group(name, start, stop, cells, gains))
     return units
