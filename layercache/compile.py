@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
 
 import numpy as np
 
@@ -29,11 +28,10 @@ from layercache.plan import (
 )
 from layercache.solver import SOLVERS, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
-from layercache.solver.gains import GainFit, GainMode, fit_gains, predicted_psnr, trajectory_error
-from layercache.solver.pricing import CellGains, price_units
+from layercache.solver.gains import GainFit, fit_gains, predicted_psnr, trajectory_error
+from layercache.solver.pricing import price_units
 from layercache.stats import CalibrationStats, FloatArray
 
-Unit = Literal["step", "groups"]
 HISTORY = 2
 
 
@@ -42,8 +40,8 @@ class Options:
     """How plans are compiled; see `compile_plan`."""
 
     solver: str = "dp"
-    units: tuple[Unit, ...] = ("step", "groups")
-    gains: GainMode = "trajectory"
+    units: tuple[str, ...] = ("step", "groups")
+    gains: str = "trajectory"
     power: float = 1.0
     max_cache_bytes: int | None = None
     history: int = HISTORY
@@ -55,8 +53,8 @@ def compile_plan(
     budget: Budget | float | str,
     *,
     solver: str = "dp",
-    units: Sequence[Unit] = ("step", "groups"),
-    gains: GainMode = "trajectory",
+    units: Sequence[str] = ("step", "groups"),
+    gains: str = "trajectory",
     power: float = 1.0,
     max_cache_bytes: int | None = None,
     history: int = HISTORY,
@@ -125,7 +123,7 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
 
 
 def best_candidate(
-    stats: CalibrationStats, candidates: Sequence[ScheduleSolution], gains: GainMode
+    stats: CalibrationStats, candidates: Sequence[ScheduleSolution], gains: str
 ) -> tuple[ScheduleSolution, GainFit]:
     """The schedule whose final error, with its gains, is predicted to be least.
 
@@ -139,7 +137,7 @@ def best_candidate(
 
 
 def _problem(stats: CalibrationStats, options: Options, budget_ms: float) -> ScheduleProblem:
-    cell: CellGains = "cell" if options.gains == "trajectory" else options.gains
+    cell = "cell" if options.gains == "trajectory" else options.gains
     priced = price_units(stats, options.units, cell)
     return ScheduleProblem(
         sigmas=stats.sigmas,

@@ -99,7 +99,7 @@ def test_schedules_resolve_anchors_bases_and_weights() -> None:
 def test_cache_bytes_count_what_is_held_at_the_worst_step() -> None:
     plan = Plan.from_dict(plan_dict())
     held = plan.cache_bytes({"blocks[0:4]": 100, "blocks[4:8]": 1000}, 10, 5)
-    # At step 2 the step unit holds v_0, v_1 and the outputs; the first group r_0, r_1; the other r_1.
+    # Step 2: the step unit holds v_0, v_1 and the outputs, the groups r_0, r_1 and r_1.
     assert held == 2 * 10 + 5 + 2 * 100 + 1000
 
 
@@ -166,7 +166,7 @@ def test_a_truncated_file_is_refused(tmp_path_factory: pytest.TempPathFactory, c
 )
 def test_foreign_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(PlanError, match="plan.json"):
+    with pytest.raises(PlanError, match=r"plan\.json"):
         Plan.load(tmp_path / "plan.json")
 
 

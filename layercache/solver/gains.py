@@ -26,18 +26,17 @@ arXiv 2310.13268, for global ones); the affine form over a caching schedule is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from layercache.errors import LayerCacheError
 from layercache.solver.pricing import STEP_NAME, cell_gains
-from layercache.solver.problem import FloatArray, UnitSchedule
+from layercache.solver.problem import BoolArray, FloatArray, UnitSchedule
 from layercache.stats import CalibrationStats
-
-GainMode = Literal["none", "unit", "cell", "trajectory"]
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DECIMALS = 6
@@ -57,7 +56,7 @@ class GainFit:
     """
 
     gains: tuple[FloatArray, ...]
-    mode: GainMode
+    mode: str
     ridge: float | None
     loo_error: FloatArray
     note: str
@@ -82,7 +81,7 @@ class _System:
     inner: FloatArray
     norm: FloatArray
     place: tuple[tuple[int, int], ...]
-    correction: np.ndarray
+    correction: BoolArray
 
     def error(self, prompt: int, gains: FloatArray) -> float:
         """||E_p||^2."""
@@ -117,7 +116,7 @@ class _System:
 def fit_gains(
     stats: CalibrationStats,
     schedules: Sequence[UnitSchedule],
-    mode: GainMode = "trajectory",
+    mode: str = "trajectory",
     *,
     corrections: bool = True,
 ) -> GainFit:
@@ -138,17 +137,15 @@ def fit_gains(
         ('trajectory', 0.1)
     """
     if mode not in ("none", "unit", "cell", "trajectory"):
-        raise LayerCacheError(
-            f"gains is {mode!r}; use 'none', 'unit', 'cell' or 'trajectory'"
-        )
+        raise LayerCacheError(f"gains is {mode!r}; use 'none', 'unit', 'cell' or 'trajectory'")
     with_corrections = corrections and mode == "trajectory"
     system = _assemble(stats, schedules, with_corrections)
     everyone = list(range(stats.num_prompts))
-    zeros = np.zeros(len(system.place))
+    zeros: FloatArray = np.zeros(len(system.place))
     if mode in ("none", "unit") or not system.place:
-        gains = np.ones_like(zeros) if mode == "unit" else zeros
+        gains: FloatArray = np.ones_like(zeros) if mode == "unit" else zeros
         return _finish(stats, schedules, system, gains, mode, None, None, "gains are fixed")
-    cell_loo = _leave_one_out(system, lambda rest: system.own_optima(rest))
+    cell_loo = _leave_one_out(system, system.own_optima)
     if mode == "cell":
         gains = system.own_optima(everyone)
         return _finish(stats, schedules, system, gains, mode, None, cell_loo, "each cell's own")
@@ -157,7 +154,7 @@ def fit_gains(
         gains = system.own_optima(everyone)
         return _finish(stats, schedules, system, gains, "cell", None, cell_loo, note)
     trials = [
-        (ridge, _leave_one_out(system, lambda rest, ridge=ridge: system.ridge_fit(rest, ridge)))  # type: ignore[misc]
+        (ridge, _leave_one_out(system, functools.partial(system.ridge_fit, ridge=ridge)))
         for ridge in RIDGES
     ]
     ridge, loo = min(trials, key=lambda trial: _score(trial[1]))
@@ -197,7 +194,7 @@ def _score(error: FloatArray) -> float:
         return float(np.log10(error).mean())
 
 
-def _leave_one_out(system: _System, fit) -> FloatArray:  # type: ignore[no-untyped-def]
+def _leave_one_out(system: _System, fit: Callable[[list[int]], FloatArray]) -> FloatArray:
     """(P,) squared error of each prompt under gains fitted on all others."""
     prompts = list(range(len(system.constant)))
     if len(prompts) < 2:
@@ -210,7 +207,7 @@ def _finish(
     schedules: Sequence[UnitSchedule],
     system: _System,
     values: FloatArray,
-    mode: GainMode,
+    mode: str,
     ridge: float | None,
     loo: FloatArray | None,
     note: str,
@@ -223,61 +220,98 @@ def _finish(
     return GainFit(table, mode, ridge, error, note)
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A cached cell, by the positions of its unit and steps; `base` is -1 for reuse."""
+
+    unit: int
+    step: int
+    anchor: int
+    base: int
+
+
 def _assemble(
     stats: CalibrationStats, schedules: Sequence[UnitSchedule], corrections: bool
 ) -> _System:
+    cells = [
+        _Cell(unit, step, int(schedule.anchor[step]), int(schedule.base[step]))
+        for unit, schedule in enumerate(schedules)
+        for step in np.flatnonzero(schedule.cached).tolist()
+    ]
+    moves = _moves(schedules) if corrections and cells else []
+    variables = [cell for cell in cells if cell.base >= 0]
+    place = tuple((cell.unit, cell.step) for cell in variables)
+    place += tuple((unit, step) for unit, step, _ in moves)
+    parts = [
+        _inner_products(*_affine(stats, prompt, schedules, cells, moves))
+        for prompt in range(stats.num_prompts)
+    ]
+    constant, linear, gram, inner, norm = (np.array(part) for part in zip(*parts, strict=True))
+    return _System(
+        constant=constant,
+        linear=linear,
+        gram=gram,
+        inner=inner,
+        norm=norm,
+        place=place,
+        correction=np.arange(len(place)) >= len(variables),
+    )
+
+
+def _moves(schedules: Sequence[UnitSchedule]) -> list[tuple[int, int, int]]:
+    """(unit, step, previous) of every run step that may carry a correction."""
+    found = []
+    for unit, schedule in enumerate(schedules):
+        if schedule.name == STEP_NAME:
+            refreshes = np.flatnonzero(schedule.refresh).tolist()
+            found += [(unit, step, before) for before, step in itertools.pairwise(refreshes)]
+    return found
+
+
+def _affine(
+    stats: CalibrationStats,
+    prompt: int,
+    schedules: Sequence[UnitSchedule],
+    cells: Sequence[_Cell],
+    moves: Sequence[tuple[int, int, int]],
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """One prompt's e (S,), A (n, S), and each predicted cell's own error under reuse (n, S)."""
     sigmas = np.asarray(stats.sigmas, dtype=np.float64)
     dsigma = np.diff(sigmas)
+    velocity = np.asarray(stats.velocities[prompt], dtype=np.float64)
     group_of = {group.name: index for index, group in enumerate(stats.groups)}
-    cells: list[tuple[int, int, int, int]] = []
-    moves: list[tuple[int, int, int]] = []
-    touched = any(schedule.cached.any() for schedule in schedules)
-    for unit, schedule in enumerate(schedules):
-        for step in np.flatnonzero(schedule.cached):
-            cells.append((unit, int(step), int(schedule.anchor[step]), int(schedule.base[step])))
-        if schedule.name == STEP_NAME and corrections and touched:
-            refreshes = np.flatnonzero(schedule.refresh)
-            moves += [
-                (unit, int(b), int(a)) for a, b in zip(refreshes, refreshes[1:], strict=False)
-            ]
-    variables = [cell for cell in cells if cell[3] >= 0]
-    place = tuple((unit, step) for unit, step, *_ in variables) + tuple(
-        (unit, step) for unit, step, _ in moves
-    )
-    count, size = len(place), stats.velocities.shape[2]
-    constant, linear, gram, inner, norm = [], [], [], [], []
-    for prompt in range(stats.num_prompts):
-        velocity = np.asarray(stats.velocities[prompt], dtype=np.float64)
-        deltas = stats.deltas[prompt]
 
-        def delta(unit: int, step: int, source: int) -> FloatArray:
-            name = schedules[unit].name
-            if name == STEP_NAME:
-                return velocity[source] - velocity[step]  # noqa: B023
-            found: FloatArray = deltas[step, group_of[name], step - source - 1].astype(np.float64)  # noqa: B023
+    def delta(cell: _Cell, source: int) -> FloatArray:
+        name = schedules[cell.unit].name
+        if name == STEP_NAME:
+            found: FloatArray = velocity[source] - velocity[cell.step]
             return found
+        lag = cell.step - source
+        measured = stats.deltas[prompt, cell.step, group_of[name], lag - 1]
+        return np.asarray(measured, dtype=np.float64)
 
-        fixed = np.zeros(size)
-        rows = np.zeros((count, size))
-        own = np.zeros(count)
-        row = 0
-        for unit, step, anchor, base in cells:
-            reuse = dsigma[step] * delta(unit, step, anchor)
-            fixed += reuse
-            if base < 0:
-                continue
-            reach = (sigmas[step] - sigmas[anchor]) / (sigmas[anchor] - sigmas[base])
-            rows[row] = reach * (reuse - dsigma[step] * delta(unit, step, base))
-            own[row] = reuse @ rows[row]
-            row += 1
-        for _, step, previous in moves:
-            rows[row] = dsigma[step] * (velocity[step] - velocity[previous])
-            row += 1
-        constant.append(fixed @ fixed)
-        linear.append(rows @ fixed)
-        gram.append(rows @ rows.T)
-        inner.append(own)
-        norm.append((rows**2).sum(axis=1))
-    correction = np.arange(count) >= len(variables)
-    stack = [np.array(part) for part in (constant, linear, gram, inner, norm)]
-    return _System(*stack, place, correction)
+    constant = np.zeros(velocity.shape[1])
+    rows, own = [], []
+    for cell in cells:
+        reuse = dsigma[cell.step] * delta(cell, cell.anchor)
+        constant += reuse
+        if cell.base >= 0:
+            reach = (sigmas[cell.step] - sigmas[cell.anchor]) / (
+                sigmas[cell.anchor] - sigmas[cell.base]
+            )
+            rows.append(reach * (reuse - dsigma[cell.step] * delta(cell, cell.base)))
+            own.append(reuse)
+    for _, step, previous in moves:
+        rows.append(dsigma[step] * (velocity[step] - velocity[previous]))
+        own.append(np.zeros_like(constant))
+    shape = (len(rows), len(constant))
+    return constant, np.reshape(rows, shape), np.reshape(own, shape)
+
+
+def _inner_products(
+    constant: FloatArray, rows: FloatArray, own: FloatArray
+) -> tuple[float, FloatArray, FloatArray, FloatArray, FloatArray]:
+    """What `_System` keeps of one prompt."""
+    inner: FloatArray = (own * rows).sum(axis=1)
+    norm: FloatArray = (rows**2).sum(axis=1)
+    return float(constant @ constant), rows @ constant, rows @ rows.T, inner, norm

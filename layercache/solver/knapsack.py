@@ -54,16 +54,12 @@ class Choice:
     lower_bound: float
 
 
-def solve_knapsack(
-    units: Sequence[Options], cost_limit: float, size_limit: float
-) -> Choice | None:
+def solve_knapsack(units: Sequence[Options], cost_limit: float, size_limit: float) -> Choice | None:
     """Choose one option a unit; None if no choice respects both limits."""
     kept = [_undominated(unit) for unit in units]
     if any(len(index) == 0 for index in kept):
         return None
-    reduced = [
-        Options(u.cost[i], u.size[i], u.error[i]) for u, i in zip(units, kept, strict=True)
-    ]
+    reduced = [Options(u.cost[i], u.size[i], u.error[i]) for u, i in zip(units, kept, strict=True)]
     if sum(u.size.min() for u in reduced) > size_limit:
         return None
     if sum(u.cost.min() for u in reduced) > cost_limit:
@@ -113,7 +109,8 @@ def least_cost(units: Sequence[Options], size_limit: float) -> float:
 def _undominated(unit: Options) -> NDArray[np.integer[Any]]:
     index = np.flatnonzero(np.isfinite(unit.error))
     keep = _skyline(unit.cost[index], unit.size[index], unit.error[index])
-    return index[keep]
+    result: NDArray[np.integer[Any]] = index[keep]
+    return result
 
 
 def _skyline(cost: FloatArray, size: FloatArray, error: FloatArray) -> NDArray[np.integer[Any]]:
@@ -213,8 +210,10 @@ def _search(
         new_slack = slack[:, None] + extra
         new_cost, new_size = cost[:, None] + unit.cost, size[:, None] + unit.size
         # Reaching the known total is no gain, so such a label is not needed for optimality.
-        live = bound + new_slack < target - _TIE * abs(target) if np.isfinite(target) else (
-            np.ones_like(new_slack, dtype=bool)
+        live = (
+            bound + new_slack < target - _TIE * abs(target)
+            if np.isfinite(target)
+            else (np.ones_like(new_slack, dtype=bool))
         )
         live &= (new_cost + need_cost <= cost_limit) & (new_size + need_size <= size_limit)
         parent, option = np.nonzero(live)

@@ -20,15 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from layercache.errors import LayerCacheError
 from layercache.solver.problem import FloatArray, UnitCosts
 from layercache.stats import CalibrationStats
-
-CellGains = Literal["none", "unit", "cell"]
 
 STEP_NAME = "step"
 STEP_LAGS = 12
@@ -49,7 +46,7 @@ class PricedUnit:
 def price_units(
     stats: CalibrationStats,
     units: Sequence[str] = ("step", "groups"),
-    gains: CellGains = "cell",
+    gains: str = "cell",
     *,
     step_lags: int = STEP_LAGS,
     step_spans: int = STEP_SPANS,
@@ -129,9 +126,7 @@ def _velocity_gram(stats: CalibrationStats, lags: int) -> FloatArray:
     return result
 
 
-def _price(
-    stats: CalibrationStats, gram: FloatArray, mode: CellGains
-) -> tuple[FloatArray, FloatArray]:
+def _price(stats: CalibrationStats, gram: FloatArray, mode: str) -> tuple[FloatArray, FloatArray]:
     """Prices and gains (T, M, M) at [t, i, j], infinite where t - 1 - i - j < 0 or i + j >= M."""
     sigmas = np.asarray(stats.sigmas, dtype=np.float64)
     steps, lags = gram.shape[1], gram.shape[2]
@@ -170,7 +165,7 @@ def _price(
 
 
 def cell_gains(inner: FloatArray, norm: FloatArray) -> FloatArray:
-    """argmin over gamma of sum ||x + gamma y||^2 + s ||y||^2 (gamma - 1)^2, clipped.
+    """Argmin over gamma of sum ||x + gamma y||^2 + s ||y||^2 (gamma - 1)^2, clipped.
 
     `inner` is sum <x, y> and `norm` sum ||y||^2 over prompts; s is `CELL_SHRINKAGE`. Where y
     vanishes the gain is 1.

@@ -265,13 +265,6 @@ class ScheduleSolution:
             return 0.0
         return max(0.0, (self.objective - self.lower_bound) / self.objective)
 
-    @property
-    def run_steps(self) -> BoolArray:
-        """(T,) whether the transformer runs: at least one unit is not idle and not a skipped step."""
-        idle = np.array([~u.refresh & (u.anchor < 0) for u in self.units])
-        result: BoolArray = ~idle.any(axis=0)
-        return result
-
     def __str__(self) -> str:
         width = max(len(unit.name) for unit in self.units)
         rows = []
@@ -375,14 +368,16 @@ def reserved_bytes(unit: UnitCosts, schedule: UnitSchedule) -> int:
         return 0
     count = np.cumsum(schedule.refresh)
     predicted = np.flatnonzero(schedule.base >= 0)
-    depth = count[schedule.anchor[predicted]] - count[schedule.base[predicted]]
+    depth: IntArray = count[schedule.anchor[predicted]] - count[schedule.base[predicted]]
     return unit.residual_bytes * (1 + int(depth.max(initial=0))) + unit.extra_bytes
 
 
 def budget_error(problem: ScheduleProblem, smallest_ms: float) -> BudgetError:
     """The error for a budget below what any schedule costs."""
-    limit = "" if problem.max_cache_bytes is None else (
-        f" within max_cache_bytes={problem.max_cache_bytes}"
+    limit = (
+        ""
+        if problem.max_cache_bytes is None
+        else (f" within max_cache_bytes={problem.max_cache_bytes}")
     )
     if not np.isfinite(smallest_ms):
         return BudgetError(
