@@ -23,6 +23,7 @@ from functools import cached_property
 
 import numpy as np
 
+from layercache.solver.bound import joint_bound
 from layercache.solver.front import Front, solve_fronts
 from layercache.solver.knapsack import Choice, Options, least_cost, solve_knapsack
 from layercache.solver.problem import (
@@ -96,39 +97,42 @@ class DynamicProgramme:
         Raises:
             BudgetError: Nothing fits; the message gives the smallest feasible budget.
         """
-        best: tuple[float, int, Choice] | None = None
-        bound = np.inf
-        for index, schedule in enumerate(self.step_schedules):
-            if best is not None and schedule.price >= best[0]:
-                continue
-            choice = self._choose(index, budget_ms)
-            if choice is None:
-                continue
-            bound = min(bound, schedule.price + choice.lower_bound)
-            total = schedule.price + choice.error
-            if best is None or total < best[0]:
-                best = (total, index, choice)
-        if best is None:
-            raise budget_error(self._with_budget(budget_ms), self.smallest_budget_ms)
-        if self.problem.step_unit is not None and self.problem.groups:
-            bound = self._joint_bound(budget_ms, best[0])
-        return self._solution(best[1], best[2], budget_ms, bound)
+        return self.candidates(budget_ms, 1)[0]
 
-    def candidates(self, budget_ms: float) -> list[ScheduleSolution]:
-        """The best schedule for each step schedule that is tried, best objective first.
+    def candidates(self, budget_ms: float, count: int | None = None) -> list[ScheduleSolution]:
+        """The best schedule on each step schedule that is tried, least objective first.
 
         The lower bound of each is that of the whole problem.
 
+        Args:
+            budget_ms: The budget.
+            count: Keep so many; None keeps all.
+
         Raises:
-            BudgetError: Nothing fits.
+            BudgetError: Nothing fits; the message gives the smallest feasible budget.
         """
-        bound = self.solve(budget_ms).lower_bound
-        found = []
-        for index in range(len(self.step_schedules)):
+        ranked = []
+        for index, schedule in enumerate(self.step_schedules):
+            # Only the best one is asked for, and prices of groups are not negative.
+            if count == 1 and ranked and schedule.price >= min(entry[0] for entry in ranked):
+                continue
             choice = self._choose(index, budget_ms)
             if choice is not None:
-                found.append(self._solution(index, choice, budget_ms, bound))
-        return sorted(found, key=lambda solution: solution.objective)
+                ranked.append((schedule.price + choice.error, index, choice))
+        if not ranked:
+            raise budget_error(self._with_budget(budget_ms), self.smallest_budget_ms)
+        ranked.sort(key=lambda entry: entry[:2])
+        total, index, choice = ranked[0]
+        if self.problem.step_unit is not None and self.problem.groups:
+            limit = self._with_budget(budget_ms).budget_limit
+            bound = joint_bound(self.problem, _stack(self.problem), limit, total)
+        elif self.problem.step_unit is not None:
+            bound = total
+        else:
+            bound = choice.lower_bound
+        return [
+            self._solution(index, choice, budget_ms, bound) for _, index, choice in ranked[:count]
+        ]
 
     def _with_budget(self, budget_ms: float) -> ScheduleProblem:
         # A copy that skips neither validation nor, unlike `replace`, shares the tables.
@@ -199,14 +203,6 @@ class DynamicProgramme:
             row += 1
         return build_solution(
             self._with_budget(budget_ms), refreshes, depths, solver="dp", lower_bound=bound
-        )
-
-    def _joint_bound(self, budget_ms: float, known: float) -> float:
-        limit = self._with_budget(budget_ms).budget_limit
-        return min(
-            schedule.price
-            for schedule in self.step_schedules
-            if self._spent(schedule) <= limit
         )
 
 

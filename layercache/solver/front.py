@@ -86,9 +86,7 @@ def solve_fronts(prices: FloatArray, history: int) -> Front:
         values.append(part[0])
         last.append(part[1])
         back.append(part[2])
-    return Front(
-        np.concatenate(values), np.concatenate(last), tuple(back), chunk, gaps, history
-    )
+    return Front(np.concatenate(values), np.concatenate(last), tuple(back), chunk, gaps, history)
 
 
 def _offsets(gaps: int, history: int) -> NDArray[np.integer[Any]]:
