@@ -13,7 +13,7 @@ import torch
 
 from layercache.calibration import calibrate
 from layercache.calibration.prompts import batches
-from layercache.compile import compile_plan
+from layercache.compile import pareto
 from layercache.evaluation.artifacts import write_artifacts
 from layercache.evaluation.compare import Comparison, compare
 from layercache.evaluation.contenders import Contenders
@@ -101,7 +101,8 @@ def run_demo(
     stats.save(out / "stats.npz")
 
     log("compiling plans")
-    plans = {target: compile_plan(stats, Budget(fraction=1 / target)) for target in targets}
+    budgets = [Budget(fraction=1 / target) for target in targets]
+    plans = dict(zip(targets, pareto(stats, budgets), strict=True))
     files = [out / "stats.npz"]
     for target, plan in plans.items():
         files.append(out / f"plan-{target:g}x.json")
