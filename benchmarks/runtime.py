@@ -1,0 +1,215 @@
+"""What the runtime costs, and whether it delivers what plans predict.
+
+    python benchmarks/runtime.py [--json] [--weights FOLDER]
+
+- `overhead_us_per_block`: microseconds that a gate adds to one block's call, on a transformer of 64
+  empty blocks, by what the group does at that step; the largest of them is the figure.
+- `measured_over_predicted`: measured speedup over the plan's own prediction, on the reference model
+  at batch 8, uncached and cached runs alternating; one figure a plan, the smallest of them counts.
+- `cache_bytes_ratio`: peak bytes held in those runs over the plan's prediction for eight images.
+- `models_ok`: supported models whose output a plan with exact residuals reproduces to 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The tiny models live with the tests, which are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from layercache import Plan, compile_plan
+from layercache.calibration import calibrate
+from layercache.models import Adapter, BlockList, model_fingerprint, register_adapter
+from layercache.reference import call_arguments, load_pipeline, prompts
+from layercache.reference.pipeline import WEIGHTS
+from layercache.runtime import apply_plan
+from tests.models.zoo import BUILDERS, build
+from tests.runtime.harness import LoopPipeline, group, make_plan
+
+BLOCKS = 64
+STEPS = 20
+BATCH = 8
+BUDGETS = ("1.37x", "2x", "3x")
+
+
+class EmptyBlock(nn.Module):
+    """Two streams and next to no work, so that a call's own cost is what is timed."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return encoder_hidden_states + temb, hidden_states + temb
+
+
+class EmptyTransformer(nn.Module):
+    """`BLOCKS` empty blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList(EmptyBlock() for _ in range(BLOCKS))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        return_dict: bool = True,
+    ) -> tuple[Tensor]:
+        for block in self.transformer_blocks:
+            encoder_hidden_states, hidden_states = block(
+                hidden_states=hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                temb=timestep,
+            )
+        return (hidden_states,)
+
+
+def overhead(repeats: int = 300) -> dict[str, float]:
+    """Microseconds a block that gates add, where the group is computed, measured or predicted."""
+    both = ("hidden_states", "encoder_hidden_states")
+    adapter = Adapter("EmptyTransformer", (BlockList("transformer_blocks", both, both[::-1]),))
+    register_adapter(adapter)
+    inputs = {
+        "hidden_states": torch.zeros(1, 4, 8),
+        "encoder_hidden_states": torch.zeros(1, 2, 8),
+        "timestep": torch.zeros(1),
+    }
+    model = EmptyTransformer()
+    pipe = LoopPipeline(model, inputs, guided=False)
+    # Step 0 computes without storing, step 1 stores, step 2 predicts.
+    plan = make_plan(pipe, 3, [group("transformer_blocks", 0, BLOCKS, "##0")])
+    latent = torch.zeros(32)
+    bare: list[float] = []
+    gated: dict[str, list[float]] = {"computed": [], "measured": [], "predicted": []}
+
+    def timed() -> float:
+        start = time.perf_counter()
+        model(**inputs)
+        return time.perf_counter() - start
+
+    with torch.no_grad():
+        for _ in range(repeats):
+            bare.append(timed())
+            with apply_plan(pipe, plan):
+                pipe.scheduler.set_timesteps(3)
+                for name, t in zip(gated, pipe.scheduler.timesteps, strict=True):
+                    gated[name].append(timed())
+                    pipe.scheduler.step(torch.zeros(32), t, latent)
+    base = statistics.median(bare)
+    return {n: 1e6 * (statistics.median(v) - base) / BLOCKS for n, v in gated.items()}
+
+
+def delivered(weights: Path, repeats: int = 3) -> dict[str, dict[str, float]]:
+    """Measured speedup and bytes of compiled plans, over what the plans predict."""
+    pipe = load_pipeline(weights)
+    texts = prompts("calibration", BATCH)
+    setting = call_arguments()
+    fixed = {k: setting[k] for k in ("negative_prompt", "true_cfg_scale", "height", "width")}
+    stats = calibrate(
+        pipe, texts, num_inference_steps=STEPS, groups=4, lags=4, batch_size=BATCH, seed=0,
+        call_kwargs=fixed, progress=False,
+    )  # fmt: skip
+    plans: dict[str, Plan] = {}
+    for budget in BUDGETS:
+        plans[f"step {budget}"] = compile_plan(stats, budget, units=("step",))
+        plans[f"groups {budget}"] = compile_plan(stats, budget, units=("groups",))
+
+    def timed() -> float:
+        arguments = call_arguments(list(range(BATCH)), num_inference_steps=STEPS)
+        start = time.perf_counter()
+        pipe(texts, **arguments)
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {name: [] for name in plans}
+    ratios: dict[str, float] = {}
+    uncached: list[float] = []
+    timed()
+    for _ in range(repeats):
+        uncached.append(timed())
+        for name, plan in plans.items():
+            with apply_plan(pipe, plan) as run:
+                times[name].append(timed())
+            seen = run.report().cache_bytes_seen
+            ratios[name] = seen / max(BATCH * plan.predicted.cache_bytes, 1)
+    base = statistics.median(uncached)
+    return {
+        name: {
+            "predicted": plan.predicted.speedup,
+            "measured": base / statistics.median(times[name]),
+            "measured_over_predicted": base
+            / statistics.median(times[name])
+            / plan.predicted.speedup,
+            "cache_bytes_ratio": ratios[name],
+        }
+        for name, plan in plans.items()
+    }
+
+
+def models_ok() -> dict[str, bool]:
+    """Whether exact residuals reproduce each supported model's output."""
+    return {name: _reproduces(name) for name in BUILDERS}
+
+
+def _reproduces(name: str) -> bool:
+    pipe = LoopPipeline(*build(name))
+    lists: dict[str, int] = model_fingerprint(pipe.transformer)["block_lists"]
+    plan = make_plan(pipe, 2, [group(n, 0, count, "#0") for n, count in lists.items()])
+    with torch.no_grad():
+        expected = pipe.call(0.7, None, "cond")
+        with apply_plan(pipe, plan):
+            pipe.scheduler.set_timesteps(2)
+            for t in pipe.scheduler.timesteps:
+                output = pipe.call(0.7, None, "cond")
+                pipe.scheduler.step(output, t, torch.zeros_like(expected))
+    return bool((output - expected).abs().max() < 1e-5 * expected.abs().max())
+
+
+def main() -> None:
+    """Run everything and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="reference model folder")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
+    costs = overhead()
+    plans = delivered(options.weights)
+    models = models_ok()
+    result: dict[str, Any] = {
+        "overhead_us_per_block": max(costs.values()),
+        "measured_over_predicted": min(p["measured_over_predicted"] for p in plans.values()),
+        "cache_bytes_ratio": max(
+            (p["cache_bytes_ratio"] for p in plans.values()), key=lambda r: abs(r - 1.0)
+        ),
+        "models_ok": sum(models.values()),
+        "models": models,
+        "overhead": costs,
+        "plans": plans,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if options.json:
+        json.dump(result, sys.stdout, indent=1)
+        print()
+        return
+    for name, cost in costs.items():
+        print(f"overhead where a group is {name:<10} {cost:6.2f} us a block")
+    for name, p in plans.items():
+        print(
+            f"{name:<14} predicted {p['predicted']:.2f}x, measured {p['measured']:.2f}x "
+            f"({p['measured_over_predicted']:.2f}), cache bytes {p['cache_bytes_ratio']:.3f}"
+        )
+    print(f"models reproduced: {sum(models.values())} of {len(models)}")
+
+
+if __name__ == "__main__":
+    main()
