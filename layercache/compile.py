@@ -1,12 +1,14 @@
 """`compile_plan`: where statistics, solvers and plans meet.
 
 Statistics are priced, a solver proposes schedules, gains are fitted to each, and the schedule whose
-final error is predicted to be least on prompts left out of the fit becomes the plan.
+final error is predicted to be least on prompts left out of the fit becomes the plan. Every plan is
+then recomputed from the statistics by `solver.verify`, which shares no code with the solvers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,16 +28,21 @@ from layercache.plan import (
     Predicted,
     UnitPlan,
 )
-from layercache.solver import SOLVERS, ScheduleProblem, ScheduleSolution
+from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
-from layercache.solver.gains import GainFit, fit_gains, predicted_psnr, trajectory_error
+from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
 from layercache.solver.pricing import price_units
+from layercache.solver.problem import UnitSchedule
+from layercache.solver.resample import resample
+from layercache.solver.select import best_candidate
+from layercache.solver.verify import Row, Rules, VerificationError, verify
 from layercache.stats import CalibrationStats, FloatArray
 
 HISTORY = 2
+_AGREEMENT = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """How plans are compiled; see `compile_plan`."""
 
@@ -46,6 +53,8 @@ class Options:
     max_cache_bytes: int | None = None
     history: int = HISTORY
     max_gap: int | None = None
+    forced: tuple[int, ...] = ()
+    sigmas: tuple[float, ...] | None = None
 
 
 def compile_plan(
@@ -59,6 +68,8 @@ def compile_plan(
     max_cache_bytes: int | None = None,
     history: int = HISTORY,
     max_gap: int | None = None,
+    forced: Sequence[int] = (),
+    sigmas: Sequence[float] | None = None,
 ) -> Plan:
     """The plan that keeps the most quality within a budget. Needs no GPU and no torch.
 
@@ -67,18 +78,22 @@ def compile_plan(
         budget: `Budget(speedup=1.37)`, `Budget(fraction=0.73)`, `"1.37x"` or `0.73`. A fraction is
             a share of the transformer's measured time; a speedup is that of the whole generation,
             with what each step spends outside the transformer.
-        solver: `"dp"`, or `"greedy"` for the published allocator.
+        solver: `"dp"`; `"greedy"` for the published allocator; `"milp"` for the slow reference.
         units: What may be cached: whole steps (`"step"`), groups of blocks (`"groups"`), or both.
         gains: `"trajectory"` fits all predictions of a plan at once, `"cell"` each by itself,
             `"unit"` is the published predictor, `"none"` reuses without predicting.
         power: Prices of cells are raised to it; above 1 it suppresses peaks.
         max_cache_bytes: Limit on stored tensors for one image.
-        history: How many refreshes before the anchor may serve as a base.
+        history: How many refreshes before the anchor may serve as a base, 0 to 3.
         max_gap: Most steps between a cell and its anchor.
+        forced: Steps at which everything is computed, besides the first.
+        sigmas: Compile for this schedule of T+1 noise levels (another number of steps, another
+            shift) by interpolating the statistics; the plan's provenance says so.
 
     Raises:
         BudgetError: The budget cannot be met; the message gives the tightest one that can.
         PlanError: The budget cannot be read.
+        StatsError: The statistics cannot be interpolated to `sigmas`.
         LayerCacheError: An option is unknown.
 
     Example:
@@ -88,15 +103,31 @@ def compile_plan(
 
     The published method (arXiv 2604.16492) is `solver="greedy", units=("groups",), gains="unit"`.
     """
-    options = Options(solver, tuple(units), gains, power, max_cache_bytes, history, max_gap)
+    options = Options(
+        solver=solver,
+        units=tuple(units),
+        gains=gains,
+        power=power,
+        max_cache_bytes=max_cache_bytes,
+        history=history,
+        max_gap=max_gap,
+        forced=tuple(forced),
+        sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
+    )
     return _compile(stats, [Budget.parse(budget)], options)[0]
 
 
 def pareto(
-    stats: CalibrationStats, budgets: Sequence[Budget | float | str], options: Options | None = None
+    stats: CalibrationStats,
+    budgets: Sequence[Budget | float | str],
+    options: Options | None = None,
 ) -> list[Plan]:
-    """One plan a budget, the work that does not depend on the budget done once."""
-    return _compile(stats, [Budget.parse(b) for b in budgets], options or Options())
+    """One plan a budget, the work that does not depend on the budget done once.
+
+    Raises:
+        BudgetError: One of the budgets cannot be met; the message names it.
+    """
+    return _compile(stats, [Budget.parse(budget) for budget in budgets], options or Options())
 
 
 def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -> list[Plan]:
@@ -104,51 +135,69 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         raise LayerCacheError(
             f"solver is {options.solver!r}; use {' or '.join(map(repr, sorted(SOLVERS)))}"
         )
-    limits = [_budget_ms(stats, budget) for budget in budgets]
-    problem = _problem(stats, options, limits[0])
+    if not budgets:
+        return []
+    measured_steps = stats.num_steps
+    if options.sigmas is not None:
+        stats = resample(stats, np.array(options.sigmas))
+    problem = _problem(stats, options)
     programme = DynamicProgramme(problem) if options.solver == "dp" else None
     plans = []
-    for budget, limit in zip(budgets, limits, strict=True):
+    for budget in budgets:
+        limit = _budget_ms(stats, budget)
         try:
             if programme is not None:
-                candidates = programme.candidates(limit)
+                count = None if options.gains == "trajectory" else 1
+                candidates = programme.candidates(limit, count)
             else:
-                candidates = [SOLVERS[options.solver](_problem(stats, options, limit))]
-        except BudgetError as error:
-            smallest = np.inf if programme is None else programme.smallest_budget_ms
-            raise _infeasible(stats, budget, smallest, error) from error
-        solution, fit = best_candidate(stats, candidates, options.gains)
-        plans.append(_plan(stats, budget, options, solution, fit))
+                candidates = [SOLVERS[options.solver](problem.with_budget(limit))]
+        except InfeasibleBudgetError as error:
+            raise _infeasible(stats, budget, error) from error
+        plan = _best_plan(stats, budget, options, candidates, measured_steps)
+        _verify(stats, plan, options, problem.fixed_ms, limit)
+        plans.append(plan)
     return plans
 
 
-def best_candidate(
-    stats: CalibrationStats, candidates: Sequence[ScheduleSolution], gains: str
-) -> tuple[ScheduleSolution, GainFit]:
-    """The schedule whose final error, with its gains, is predicted to be least.
+def _best_plan(
+    stats: CalibrationStats,
+    budget: Budget,
+    options: Options,
+    candidates: Sequence[ScheduleSolution],
+    measured_steps: int,
+) -> Plan:
+    limit = options.max_cache_bytes
+    solution, fit = best_candidate(stats, candidates, options.gains)
+    plan = _plan(stats, budget, options, solution, fit, measured_steps)
+    if limit is not None and plan.predicted.cache_bytes > limit:
+        # Corrections keep one more output alive, which the solver did not count.
+        solution, fit = best_candidate(stats, candidates, options.gains, corrections=False)
+        plan = _plan(stats, budget, options, solution, fit, measured_steps)
+    return plan
 
-    Without trajectory gains the separable objective decides alone. With them it cannot: it adds
-    squared errors of cells, where errors of a trajectory add as vectors and gains make them cancel.
-    """
-    if gains != "trajectory":
-        return candidates[0], fit_gains(stats, candidates[0].units, gains)
-    fits = [(solution, fit_gains(stats, solution.units, gains)) for solution in candidates]
-    return min(fits, key=lambda pair: pair[1].score)
 
-
-def _problem(stats: CalibrationStats, options: Options, budget_ms: float) -> ScheduleProblem:
-    cell = "cell" if options.gains == "trajectory" else options.gains
-    priced = price_units(stats, options.units, cell)
+def _problem(stats: CalibrationStats, options: Options) -> ScheduleProblem:
+    priced = price_units(stats, options.units, _cell_gains(options))
     return ScheduleProblem(
         sigmas=stats.sigmas,
         units=tuple(unit.costs for unit in priced),
-        budget_ms=budget_ms,
+        budget_ms=0.0,
         fixed_ms=0.0 if "step" in options.units else stats.num_steps * stats.rest_ms,
-        history=0 if options.gains == "none" else options.history,
+        history=_history(options),
         max_gap=options.max_gap,
+        forced=frozenset(options.forced),
         power=options.power,
         max_cache_bytes=options.max_cache_bytes,
     )
+
+
+def _cell_gains(options: Options) -> str:
+    """The gains that cells are priced with, before any trajectory is known."""
+    return "cell" if options.gains == "trajectory" else options.gains
+
+
+def _history(options: Options) -> int:
+    return 0 if options.gains == "none" else options.history
 
 
 def _step_ms(stats: CalibrationStats) -> float:
@@ -158,21 +207,22 @@ def _step_ms(stats: CalibrationStats) -> float:
 def _budget_ms(stats: CalibrationStats, budget: Budget) -> float:
     """Milliseconds that the transformer may take for all steps."""
     full = stats.num_steps * _step_ms(stats)
-    if budget.fraction is not None:
-        return budget.fraction * full
-    assert budget.speedup is not None
+    if budget.speedup is None:
+        return (budget.fraction or 0.0) * full
     overhead = stats.num_steps * stats.overhead_ms
     return (full + overhead) / budget.speedup - overhead
 
 
 def _infeasible(
-    stats: CalibrationStats, budget: Budget, smallest_ms: float, error: BudgetError
+    stats: CalibrationStats, budget: Budget, error: InfeasibleBudgetError
 ) -> BudgetError:
-    if not np.isfinite(smallest_ms):
+    if not np.isfinite(error.smallest_ms):
         return BudgetError(f"a budget of {budget} cannot be met: {error}")
     full = stats.num_steps * _step_ms(stats)
     overhead = stats.num_steps * stats.overhead_ms
-    share, speedup = smallest_ms / full, (full + overhead) / (smallest_ms + overhead)
+    # Rounded to the side on which the budget is met.
+    share = math.ceil(error.smallest_ms / full * 1e4) / 1e4
+    speedup = math.floor((full + overhead) / (error.smallest_ms + overhead) * 1e3) / 1e3
     return BudgetError(
         f"a budget of {budget} cannot be met: the tightest for these statistics and options is "
         f"Budget(fraction={share:.4f}) or Budget(speedup={speedup:.3f}); relax the budget, or "
@@ -186,19 +236,41 @@ def _plan(
     options: Options,
     solution: ScheduleSolution,
     fit: GainFit,
+    measured_steps: int,
 ) -> Plan:
     rows = tuple(
-        _row(stats, schedule.name, schedule.refresh, schedule.anchor, schedule.base, values, fit)
-        for schedule, values in zip(solution.units, fit.gains, strict=True)
+        _unit_plan(stats, schedule, gains, fit.mode)
+        for schedule, gains in zip(solution.units, fit.gains, strict=True)
     )
     full = stats.num_steps * _step_ms(stats)
     overhead = stats.num_steps * stats.overhead_ms
     exact = all(not unit.cached.any() for unit in solution.units)
     psnr = predicted_psnr(stats, trajectory_error(stats, solution.units, fit.gains))
+    known = not exact and bool(np.isfinite(psnr).all())
+    provenance = {
+        "calibration_prompts": stats.num_prompts,
+        "prompts_sha256": hashlib.sha256("".join(stats.prompt_ids).encode()).hexdigest(),
+        "units": list(options.units),
+        "history": _history(options),
+        "max_gap": options.max_gap,
+        "forced": list(options.forced),
+        "max_cache_bytes": options.max_cache_bytes,
+        "status": solution.status,
+        "gains": fit.note,
+    }
+    setting = stats.setting
+    if options.sigmas is not None:
+        provenance["interpolated_from_steps"] = measured_steps
+        # The sigmas stand in the plan; what the calibration called for would contradict them.
+        setting = {
+            key: value
+            for key, value in setting.items()
+            if key != "num_inference_steps" and "shift" not in key
+        }
     plan = Plan(
         generator=f"layercache {_version()}",
         model=ModelFingerprint(**stats.model),
-        setting=stats.setting,
+        setting=setting,
         sigmas=tuple(float(sigma) for sigma in stats.sigmas),
         branches=stats.branches,
         units=rows,
@@ -206,8 +278,8 @@ def _plan(
         predicted=Predicted(
             speedup=(full + overhead) / (solution.cost_ms + overhead),
             compute_share=solution.cost_ms / full,
-            psnr_db=None if exact else float(psnr.mean()),
-            psnr_worst_db=None if exact else float(psnr.min()),
+            psnr_db=float(psnr.mean()) if known else None,
+            psnr_worst_db=float(psnr.min()) if known else None,
             cache_bytes=0,
         ),
         certificate=Certificate(
@@ -218,13 +290,7 @@ def _plan(
             lower_bound=solution.lower_bound,
             gap=solution.gap,
         ),
-        provenance={
-            "calibration_prompts": stats.num_prompts,
-            "prompts_sha256": hashlib.sha256("".join(stats.prompt_ids).encode()).hexdigest(),
-            "units": list(options.units),
-            "history": options.history,
-            "gains": fit.note,
-        },
+        provenance=provenance,
     )
     group_bytes = {
         group.name: size for group, size in zip(stats.groups, stats.group_bytes, strict=True)
@@ -235,30 +301,25 @@ def _plan(
     )
 
 
-def _row(
-    stats: CalibrationStats,
-    name: str,
-    refresh: np.ndarray,
-    anchor: np.ndarray,
-    base: np.ndarray,
-    gains: FloatArray,
-    fit: GainFit,
+def _unit_plan(
+    stats: CalibrationStats, schedule: UnitSchedule, gains: FloatArray, mode: str
 ) -> UnitPlan:
     symbols = []
-    for step in range(len(refresh)):
-        if refresh[step]:
+    for step, (anchor, base) in enumerate(zip(schedule.anchor, schedule.base, strict=True)):
+        if schedule.refresh[step]:
             symbols.append(REFRESH)
-        elif anchor[step] < 0:
+        elif anchor < 0:
             symbols.append(IDLE)
         else:
-            span = int(anchor[step] - base[step]) if base[step] >= 0 else 0
+            span = int(anchor - base) if base >= 0 else 0
             if span > MAX_SPAN:
-                raise LayerCacheError(f"{name}: a span of {span} steps has no symbol in a plan")
+                raise LayerCacheError(
+                    f"{schedule.name}: a span of {span} steps has no symbol in a plan"
+                )
             symbols.append(SPANS[span])
+    values = None if mode in ("none", "unit") else tuple(float(gain) for gain in gains)
     cells = "".join(symbols)
-    plain = fit.mode in ("none", "unit") or not gains.any()
-    values = None if plain and fit.mode != "trajectory" else tuple(float(g) for g in gains)
-    group = next((group for group in stats.groups if group.name == name), None)
+    group = next((group for group in stats.groups if group.name == schedule.name), None)
     if group is None:
         return UnitPlan(kind="step", cells=cells, gains=values)
     return UnitPlan(
@@ -269,6 +330,52 @@ def _row(
         cells=cells,
         gains=values,
     )
+
+
+def _verify(
+    stats: CalibrationStats, plan: Plan, options: Options, fixed_ms: float, budget_ms: float
+) -> None:
+    """Recompute the plan as it will be read, and compare every figure on it.
+
+    Raises:
+        VerificationError: A rule is broken or a figure is wrong.
+    """
+    number = {group.name: index for index, group in enumerate(stats.groups)}
+    rows = [
+        Row(
+            group=number.get(unit.name),
+            refresh=schedule.refresh,
+            anchor=schedule.anchor,
+            base=schedule.base,
+            weight=schedule.weight,
+        )
+        for unit, schedule in ((unit, plan.schedules[unit.name]) for unit in plan.units)
+    ]
+    rules = Rules(
+        budget_ms=budget_ms,
+        history=_history(options),
+        gains=_cell_gains(options),
+        power=options.power,
+        max_gap=options.max_gap,
+        forced=frozenset(options.forced),
+        max_cache_bytes=options.max_cache_bytes,
+    )
+    found = verify(stats, rows, rules).require()
+    full = stats.num_steps * _step_ms(stats)
+    psnr = predicted_psnr(stats, found.error)
+    pairs = {
+        "compute_share": (plan.predicted.compute_share, found.cost_ms / full),
+        "objective": (plan.certificate.objective, found.objective),
+        "cache_bytes": (plan.predicted.cache_bytes, found.cache_bytes),
+    }
+    if plan.predicted.psnr_db is not None:
+        pairs["psnr_db"] = (plan.predicted.psnr_db, float(psnr.mean()))
+    for name, (stated, recomputed) in pairs.items():
+        if not math.isclose(stated, recomputed, rel_tol=_AGREEMENT, abs_tol=1e-300):
+            raise VerificationError(
+                f"the plan states {name} = {stated!r}, but the statistics give {recomputed!r}; "
+                "this is a bug: please report it with the statistics file"
+            )
 
 
 def _version() -> str:

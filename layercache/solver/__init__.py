@@ -5,6 +5,7 @@
 
 from layercache.solver import dp, greedy
 from layercache.solver.problem import (
+    InfeasibleBudgetError,
     ProblemError,
     ScheduleProblem,
     ScheduleSolution,
@@ -13,10 +14,19 @@ from layercache.solver.problem import (
     UnitSchedule,
 )
 
-SOLVERS: dict[str, Solver] = {"greedy": greedy.solve, "dp": dp.solve}
+
+def _milp(problem: ScheduleProblem) -> ScheduleSolution:
+    # Imported when used: scipy.optimize takes longer to import than most plans take to compile.
+    from layercache.solver import milp
+
+    return milp.solve(problem)
+
+
+SOLVERS: dict[str, Solver] = {"greedy": greedy.solve, "dp": dp.solve, "milp": _milp}
 
 __all__ = [
     "SOLVERS",
+    "InfeasibleBudgetError",
     "ProblemError",
     "ScheduleProblem",
     "ScheduleSolution",

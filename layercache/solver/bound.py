@@ -1,26 +1,31 @@
 """Lower bound of the joint problem of skipped steps and cached groups.
 
-What makes the joint problem hard is one coupling: a group is idle at t exactly if the step unit skips
-t. Give every group its own idle cells instead, at a price pi[g, t] paid by the group and received by
-the step unit, and put a price lam on each millisecond. For every lam >= 0 and pi,
+What makes the joint problem hard is one coupling: a group is idle at t exactly if the step unit
+skips t. Give every group its own idle cells instead, at a price pi[g, t] paid by the group and
+received by the step unit, and put a price lam on each millisecond. For every lam >= 0 and pi,
 
-    L(lam, pi) = min over step schedules   of  prices + lam rest_ms |run| - sum over skipped t, g of pi[g, t]
-               + sum over g of min over own schedules of  prices + lam ms_g |refreshed| + sum over idle t of pi[g, t]
+    L(lam, pi) = min over step schedules of
+                     prices + lam rest_ms |run| - sum of pi[g, t] over g and skipped t
+               + sum over g of min over schedules of its own of
+                     prices + lam ms_g |refreshed| + sum of pi[g, t] over idle t
                - lam (budget - fixed)
 
 is below the optimum (Lagrangian decomposition, Guignard & Kim 1987), and each minimum is a shortest
 path over (last refresh, gap behind it). A group's segment from anchor a to its next refresh c costs
-sum over a < t < c of min(cheapest price(t, a, .), pi[g, t]): at each cell it caches or idles, whichever is
-cheaper. With a history above 1, bases further back than the refresh before the anchor are taken as
-free to choose, which only lowers L. L is concave and is climbed by subgradient steps with Polyak's
-length. The limit on cache bytes is left out, which lowers L too.
+
+    sum over a < t < c of  min(cheapest price(t, a, .), pi[g, t]),
+
+since at each cell it caches or idles, whichever is cheaper. With a history above 1, bases further
+back than the refresh before the anchor are taken as free to choose, which only lowers L. L is
+concave and is climbed by subgradient steps with Polyak's length. The limit on cache bytes is left
+out, which lowers L too.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from layercache.solver.problem import FloatArray, ScheduleProblem
+from layercache.solver.problem import BoolArray, FloatArray, ScheduleProblem
 
 ITERATIONS = 150
 _PATIENCE = 12
@@ -111,8 +116,8 @@ class _Paths:
                 cells[:, :stop, lag] = best[:, 1 + lag :, lag]
         self.cells = cells
         self.lags = np.arange(reach)
-        anchor, lag = np.ogrid[: self.steps, : reach - 1]
-        self.step_of = np.minimum(anchor + 1 + lag, self.steps - 1)
+        start, behind = np.ogrid[: self.steps, : reach - 1]
+        self.step_of = np.minimum(start + 1 + behind, self.steps - 1)
 
     def solve(
         self,
@@ -120,7 +125,7 @@ class _Paths:
         *,
         idle: FloatArray | None = None,
         reward: FloatArray | None = None,
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+    ) -> tuple[FloatArray, BoolArray, BoolArray]:
         """Least totals (U,), and where the minimisers refresh and idle, (U, T) each.
 
         `idle` (U, T) prices a cell that is left idle instead of cached; `reward` (U, T) is added to
@@ -131,8 +136,7 @@ class _Paths:
         if reward is not None:
             cells = cells + reward[:, self.step_of][..., None]
         if idle is not None:
-            idles_price = idle[:, self.step_of][..., None]
-            cells = np.minimum(cells, idles_price)
+            cells = np.minimum(cells, idle[:, self.step_of][..., None])
         # segments[u, a, g-1, d]: all cells between a and its next refresh at a + g.
         segments = np.zeros((units, steps, reach, self.gaps + 1))
         np.cumsum(cells, axis=2, out=segments[:, :, 1:])
@@ -156,14 +160,13 @@ class _Paths:
         refreshed = np.zeros((units, steps), dtype=bool)
         idle_at = np.zeros((units, steps), dtype=bool)
         for unit in range(units):
-            step, gap = steps, 0
-            while step > 0:
-                behind = gap or int(far[unit, step])
-                anchor = step - behind
-                before = int(state[unit, step, behind - 1])
-                refreshed[unit, anchor] = True
-                if idle is not None and step - anchor > 1:
-                    stretch = self.cells[unit, anchor, : step - anchor - 1, before]
-                    idle_at[unit, anchor + 1 : step] = idle[unit, anchor + 1 : step] < stretch
-                step, gap = anchor, before
+            end, gap = steps, 0
+            while end > 0:
+                behind = gap or int(far[unit, end])
+                start, gap = end - behind, int(state[unit, end, behind - 1])
+                refreshed[unit, start] = True
+                if idle is not None and behind > 1:
+                    cached = self.cells[unit, start, : behind - 1, gap]
+                    idle_at[unit, start + 1 : end] = idle[unit, start + 1 : end] < cached
+                end = start
         return total, refreshed, idle_at

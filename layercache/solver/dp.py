@@ -3,16 +3,17 @@
 Without a step unit the objective is a sum over units, and the units meet only in the budget and the
 memory limit. `front.solve_fronts` gives each unit's least price for every number of refreshes (and,
 under a memory limit, for every depth of base), `knapsack.solve_knapsack` picks one point of each
-front. Both are exact, so the result is optimal and says so; should the knapsack run out of room, its
-certificate shows the gap.
+front. Both are exact, so the result is optimal and says so; should the knapsack run out of room,
+its certificate shows the gap.
 
-With a step unit the groups live on the steps that are run, so their fronts depend on which steps are
-skipped. Exact here: the best schedule of the step unit by itself for every number of run steps, and
-the best plan of all groups on the run steps of each of these schedules. Heuristic: only those step
-schedules are tried (see `step_schedules`), not all 2^(T-1). The lower bound covers all of them.
+With a step unit the groups live on the steps that are run, so their fronts depend on which steps
+are skipped. Exact here: the best schedule of the step unit by itself for every number of run steps,
+and the best plan of all groups on the run steps of each of these schedules. Heuristic: only those
+step schedules are tried (see `step_schedules`), not all 2^(T-1). The lower bound covers all of
+them.
 
-The set of step schedules does not depend on the budget, so many budgets share one pass, and a larger
-budget is never worse.
+The set of step schedules does not depend on the budget, so many budgets share one pass, and a
+larger budget is never worse.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class DynamicProgramme:
         Raises:
             BudgetError: Nothing fits; the message gives the smallest feasible budget.
         """
-        ranked = []
+        ranked: list[tuple[float, int, Choice]] = []
         for index, schedule in enumerate(self.step_schedules):
             # Only the best one is asked for, and prices of groups are not negative.
             if count == 1 and ranked and schedule.price >= min(entry[0] for entry in ranked):
@@ -120,11 +121,11 @@ class DynamicProgramme:
             if choice is not None:
                 ranked.append((schedule.price + choice.error, index, choice))
         if not ranked:
-            raise budget_error(self._with_budget(budget_ms), self.smallest_budget_ms)
+            raise budget_error(self.problem.with_budget(budget_ms), self.smallest_budget_ms)
         ranked.sort(key=lambda entry: entry[:2])
         total, index, choice = ranked[0]
         if self.problem.step_unit is not None and self.problem.groups:
-            limit = self._with_budget(budget_ms).budget_limit
+            limit = self.problem.with_budget(budget_ms).budget_limit
             bound = joint_bound(self.problem, _stack(self.problem), limit, total)
         elif self.problem.step_unit is not None:
             bound = total
@@ -134,25 +135,6 @@ class DynamicProgramme:
             self._solution(index, choice, budget_ms, bound) for _, index, choice in ranked[:count]
         ]
 
-    def _with_budget(self, budget_ms: float) -> ScheduleProblem:
-        # A copy that skips neither validation nor, unlike `replace`, shares the tables.
-        problem = self.problem
-        if budget_ms == problem.budget_ms:
-            return problem
-        changed = ScheduleProblem(
-            sigmas=problem.sigmas,
-            units=problem.units,
-            budget_ms=budget_ms,
-            fixed_ms=problem.fixed_ms,
-            history=problem.history,
-            max_gap=problem.max_gap,
-            forced=problem.forced,
-            power=problem.power,
-            max_cache_bytes=problem.max_cache_bytes,
-        )
-        changed.__dict__["prices"] = problem.prices
-        return changed
-
     def _spent(self, schedule: StepSchedule) -> float:
         unit = self.problem.step_unit
         step_ms = 0.0 if unit is None else unit.refresh_ms * int(schedule.run.sum())
@@ -161,7 +143,7 @@ class DynamicProgramme:
     def _choose(self, index: int, budget_ms: float) -> Choice | None:
         """The exact choice of all groups on the run steps of one step schedule."""
         schedule = self.step_schedules[index]
-        limit = self._with_budget(budget_ms).budget_limit - self._spent(schedule)
+        limit = self.problem.with_budget(budget_ms).budget_limit - self._spent(schedule)
         room = self._size_limit - schedule.size
         if limit < 0 or room < 0:
             return None
@@ -202,7 +184,7 @@ class DynamicProgramme:
             depths.append(self._depths[level])
             row += 1
         return build_solution(
-            self._with_budget(budget_ms), refreshes, depths, solver="dp", lower_bound=bound
+            self.problem.with_budget(budget_ms), refreshes, depths, solver="dp", lower_bound=bound
         )
 
 
@@ -227,7 +209,7 @@ def compress(prices: FloatArray, run: np.ndarray) -> FloatArray:
     (U, T, L, J+1) to (U, R, L, J+1); lags and spans count positions, prices still those of the true
     steps. Cells that reach further than the tables go are infinite.
     """
-    units, steps, lags, columns = prices.shape
+    _, steps, lags, columns = prices.shape
     if len(run) == steps:
         return prices
     k, i, j = np.ogrid[: len(run), :lags, :columns]

@@ -7,7 +7,8 @@ behind the anchor r_k and
     S(a, c | h) = sum over t = a+1 .. c-1 of  min over allowed spans j of  price(t, a, a - j),
     j in {0, h_1, h_1 + h_2, ...}.
 
-So with F_n(a, h) the least price of all segments before a, given n refreshes of which a is the last,
+So with F_n(a, h) the least price of all segments before a, given n refreshes of which a is the
+last,
 
     F_{n+1}(c, (c-a, h_1, .., h_{H-1})) = min over h_H of  F_n(a, h) + S(a, c | h)
     front(n) = min over a, h of  F_n(a, h) + S(a, T | h).
@@ -105,7 +106,7 @@ def _offsets(gaps: int, history: int) -> NDArray[np.integer[Any]]:
 def _solve_chunk(
     prices: FloatArray, gaps: int, history: int
 ) -> tuple[FloatArray, NDArray[np.integer[Any]], tuple[NDArray[np.unsignedinteger[Any]], ...]]:
-    units, steps, lags, columns = prices.shape
+    units, steps, _, columns = prices.shape
     base = gaps + 1
     states, top = base**history, base ** max(history - 1, 0)
     offsets = _offsets(gaps, history)

@@ -1,27 +1,28 @@
 """Gains of a fixed schedule: per cell, or for the whole trajectory at once.
 
-Errors along a trajectory add up as vectors. With the schedule fixed, the error that prompt p's final
-latent collects is affine in all gains,
+Errors along a trajectory add up as vectors. With the schedule fixed, the error that prompt p's
+final latent collects is affine in all gains,
 
     E_p(gamma) = sum over cached cells of    dsigma_t [D_a + gamma c (D_a - D_b)]
                + sum over run steps t > 0 of dsigma_t gamma (v_t - v_previous),
 
-with c = (sigma_t - sigma_a) / (sigma_a - sigma_b). The second sum holds *corrections*: the step unit
-may add a multiple of its own last change at a computed step, and so pay back errors made before
-(a linear multistep method). Write E_p = e_p + A_p^T gamma. *Trajectory gains* minimise
+with c = (sigma_t - sigma_a) / (sigma_a - sigma_b). The second sum holds *corrections*: the step
+unit may add a multiple of its own last change at a computed step, and so pay back errors made
+before (a linear multistep method). Write E_p = e_p + A_p^T gamma. *Trajectory gains* minimise
 
     sum_p ||e_p + A_p^T gamma||^2 + ridge * sum_k d_k (gamma_k - gamma0_k)^2,
 
 d_k = sum_p ||A_pk||^2, gamma0 the cell's own optimum (0 for a correction). The ridge comes from a
-small grid by leave-one-prompt-out: the gains are fitted on all other prompts, and the mean log of the
-squared error predicted for the one left out decides. Per-cell gains stand in the same comparison; if
-they win, they are used, and the result says so.
+small grid by leave-one-prompt-out: the gains are fitted on all other prompts, and the mean log of
+the squared error predicted for the one left out decides. Per-cell gains stand in the same
+comparison; if they win, they are used, and the result says so.
 
 The model is first order: it knows neither how an error made early is amplified or damped by later
 steps, nor how several groups cached at one step interact. That is why the guard is there.
 
-Source: least-squares multistep coefficients for diffusion sampling are known (for example DPM-Solver-v3,
-arXiv 2310.13268, for global ones); the affine form over a caching schedule is this project's.
+Source: least-squares multistep coefficients for diffusion sampling are known (for example
+DPM-Solver-v3, arXiv 2310.13268, for global ones); the affine form over a caching schedule is this
+project's.
 """
 
 from __future__ import annotations

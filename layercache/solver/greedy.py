@@ -9,14 +9,14 @@ changes at the cells that it was an anchor or a base of),
 Skipping a step is a move of the same kind: it caches the step unit's cell, makes every group idle
 there, and saves the milliseconds of all that was computed.
 
-*Lazy re-evaluation* (Minoux 1978): a priority queue holds ratios that may be out of date; the head is
-re-evaluated, and taken if no other entry is smaller, else put back. That picks the true minimum as
-long as ratios only grow; where one shrinks, its cell is found later than it could have been.
+*Lazy re-evaluation* (Minoux 1978): a priority queue holds ratios that may be out of date; the head
+is re-evaluated, and taken if no other entry is smaller, else put back. That picks the true minimum
+as long as ratios only grow; where one shrinks, its cell is found later than it could have been.
 
-Work is O(c log n) evaluations for n cells, c of them cached, with O(L) table look-ups each. No bound
-comes with it: the lower bound given is 0. Greedy can run into a dead end, where every further move is
-impossible although `dp` finds a schedule; it raises then. A memory limit is met by a heuristic: the
-unit with the largest ring loses a level until the rings fit.
+Work is O(c log n) evaluations for n cells, c of them cached, with O(L) table look-ups each. No
+bound comes with it: the lower bound given is 0. Greedy can run into a dead end, where every further
+move is impossible although `dp` finds a schedule; it raises then. A memory limit is met by a
+heuristic: the unit with the largest ring loses a level until the rings fit.
 
 Source: the greedy allocation over (timestep, group, span) of LayerCache (arXiv 2604.16492), whose
 code is not public. Deviations: Delta counts the effect on later cells, the span is the cheapest one
@@ -30,9 +30,9 @@ from bisect import bisect_left
 
 import numpy as np
 
-from layercache.errors import BudgetError
 from layercache.solver.problem import (
     FloatArray,
+    InfeasibleBudgetError,
     ScheduleProblem,
     ScheduleSolution,
     build_solution,
@@ -147,9 +147,10 @@ def _solve(problem: ScheduleProblem, depths: list[int]) -> ScheduleSolution:
     heapq.heapify(queue)
     while cost > problem.budget_limit:
         if not queue:
-            raise BudgetError(
+            raise InfeasibleBudgetError(
                 f"greedy ran out of moves at {cost!r} ms, above budget_ms={problem.budget_ms!r}: "
-                'raise the budget, or use solver="dp"'
+                'raise the budget, or use solver="dp"',
+                cost,
             )
         _, step, index = heapq.heappop(queue)
         if not run[step]:

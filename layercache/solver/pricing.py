@@ -6,14 +6,15 @@ Caching step t with anchor a and base b moves the velocity by
 
     delta = D_a + w (D_a - D_b),    w = gamma (sigma_t - sigma_a) / (sigma_a - sigma_b),
 
-where D_a is the measured velocity delta of plain reuse of a (for a group `stats.deltas` at lag t - a,
-for the whole step v_a - v_t), and the Euler step turns it into a latent error of
+where D_a is the measured velocity delta of plain reuse of a (for a group `stats.deltas` at lag t -
+a, for the whole step v_a - v_t), and the Euler step turns it into a latent error of
 
     price(t, a, b) = (sigma_{t+1} - sigma_t)^2 * mean over prompts of ||delta||^2 / numel.
 
-Both are quadratic forms of the Gram matrix of {D_lag}, so every anchor, span and gain is priced from
-one Gram a step, without forming a single delta. The gain of a cell is 0 (`"none"`), 1 (`"unit"`, the
-published predictor), or its own least-squares optimum over the prompts (`"cell"`), shrunk towards 1.
+Both are quadratic forms of the Gram matrix of {D_lag}, so every anchor, span and gain is priced
+from one Gram a step, without forming a single delta. The gain of a cell is 0 (`"none"`), 1
+(`"unit"`, the published predictor), or its own least-squares optimum over the prompts (`"cell"`),
+shrunk towards 1.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Shape suffixes: T steps, L lags of the anchor, J distances of the base behind the anchor.
 
-A *unit* is refreshed (computed) or cached at each step. The *anchor* a of a cached cell (t, unit) is
-the unit's last refresh before t. Its *base* b is none (the anchor is reused), or one of the H
+A *unit* is refreshed (computed) or cached at each step. The *anchor* a of a cached cell (t, unit)
+is the unit's last refresh before t. Its *base* b is none (the anchor is reused), or one of the H
 refreshes before the anchor. The problem is
 
     minimise    sum over cached cells of price(t, a, b)
@@ -12,21 +12,21 @@ refreshes before the anchor. The problem is
                 every unit refreshed at step 0 and at the forced steps
                 t - a <= max_gap at every cached cell.
 
-With a *step unit*, the steps that it does not refresh are *skipped*: every group is idle there, costs
-nothing, adds nothing to the objective and cannot be refreshed. At the other steps groups are
+With a *step unit*, the steps that it does not refresh are *skipped*: every group is idle there,
+costs nothing, adds nothing to the objective and cannot be refreshed. At the other steps groups are
 refreshed or cached as above, and the step unit's own `refresh_ms` is paid.
 
 *Reserved bytes*: a unit that never predicts beyond depth d (its bases are among the d refreshes
 before the anchor; d = 0 is reuse alone) keeps a ring of 1 + d residuals, and none if it is never
 cached. Reserved bytes are the sum of all rings. A runtime that frees a residual after its last use
-holds at most that; unlike the true peak over time, it does not couple the units, which is what makes
-the problem solvable exactly.
+holds at most that; unlike the true peak over time, it does not couple the units, which is what
+makes the problem solvable exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -115,7 +115,9 @@ class ScheduleProblem:
 
     Example:
         >>> errors = np.ones((4, 3, 1))
-        >>> unit = UnitCosts(name="g", kind="group", refresh_ms=1.0, residual_bytes=8, errors=errors)
+        >>> unit = UnitCosts(
+        ...     name="g", kind="group", refresh_ms=1.0, residual_bytes=8, errors=errors
+        ... )
         >>> problem = ScheduleProblem(
         ...     sigmas=np.linspace(1, 0, 5), units=(unit,), budget_ms=2.0, history=1
         ... )
@@ -207,6 +209,12 @@ class ScheduleProblem:
             table.setflags(write=False)
             tables.append(table)
         return tuple(tables)
+
+    def with_budget(self, budget_ms: float) -> ScheduleProblem:
+        """The same problem under another budget; the tables of `prices` are shared."""
+        changed = replace(self, budget_ms=budget_ms)
+        changed.__dict__["prices"] = self.prices
+        return changed
 
     def price_of(self, unit: UnitCosts) -> FloatArray:
         """The table of `prices` that belongs to `unit`."""
@@ -372,20 +380,31 @@ def reserved_bytes(unit: UnitCosts, schedule: UnitSchedule) -> int:
     return unit.residual_bytes * (1 + int(depth.max(initial=0))) + unit.extra_bytes
 
 
-def budget_error(problem: ScheduleProblem, smallest_ms: float) -> BudgetError:
+class InfeasibleBudgetError(BudgetError):
+    """No schedule fits a budget. `smallest_ms` is the smallest budget that one fits."""
+
+    def __init__(self, message: str, smallest_ms: float) -> None:
+        super().__init__(message)
+        self.smallest_ms = smallest_ms
+
+
+def budget_error(problem: ScheduleProblem, smallest_ms: float) -> InfeasibleBudgetError:
     """The error for a budget below what any schedule costs."""
+    smallest_ms = float(smallest_ms)
     limit = (
         ""
         if problem.max_cache_bytes is None
         else (f" within max_cache_bytes={problem.max_cache_bytes}")
     )
     if not np.isfinite(smallest_ms):
-        return BudgetError(
+        return InfeasibleBudgetError(
             f"no schedule at all is feasible{limit}: too many forced or impossible cells; raise "
-            "max_cache_bytes or max_gap"
+            "max_cache_bytes or max_gap",
+            smallest_ms,
         )
-    return BudgetError(
+    return InfeasibleBudgetError(
         f"budget_ms={problem.budget_ms!r} cannot be met{limit}: the smallest feasible budget is "
         f"{smallest_ms!r} ms; raise the budget to it, or allow longer gaps (more lags at "
-        "calibration, a larger max_gap)"
+        "calibration, a larger max_gap)",
+        smallest_ms,
     )

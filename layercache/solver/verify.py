@@ -1,0 +1,281 @@
+"""`verify`: every number of a plan again, from the statistics alone.
+
+This file shares no code with the solvers, the pricing or the plan format, and is written for
+plainness instead of speed: every delta is formed as a vector, every rule is one check. It reads
+rows of resolved cells and recomputes
+
+- the rules: step 0 refreshed; groups idle at just the skipped steps; the anchor is the unit's last
+  refresh, the base one of the `history` refreshes before it; lags within what was measured and
+  within `max_gap`; forced steps refreshed; gains only where there is something to multiply;
+- the cost in milliseconds against the budget;
+- the certificate's objective, with each cell's gain as the pricing rule has it;
+- the final error of every prompt with the gains that the rows carry;
+- the peak of bytes held between steps, for one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layercache.errors import LayerCacheError
+from layercache.stats import CalibrationStats, FloatArray
+
+_COST_RTOL = 1e-9
+
+
+class VerificationError(LayerCacheError):
+    """A compiled plan does not hold what it says: a bug in LayerCache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One unit of a plan, one entry a step.
+
+    `group` is the position in `stats.groups`, or None for the step unit. `anchor` and `base` are -1
+    where there is none; a refreshed step of the step unit with a correction has a base and no
+    anchor. `weight` is w in r_a + w (r_a - r_b), or in v + w (v - v_base) at a refreshed step.
+    """
+
+    group: int | None
+    refresh: Sequence[bool]
+    anchor: Sequence[int]
+    base: Sequence[int]
+    weight: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a plan was asked to keep to. `fixed_ms` is paid by any plan, in all."""
+
+    budget_ms: float
+    history: int
+    gains: str
+    power: float = 1.0
+    max_gap: int | None = None
+    forced: frozenset[int] = frozenset()
+    max_cache_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Verification:
+    """What was recomputed, and every rule that is broken (none if the plan is sound)."""
+
+    broken: tuple[str, ...]
+    cost_ms: float
+    objective: float
+    cache_bytes: int
+    error: FloatArray
+
+    def require(self) -> Verification:
+        """Itself, if no rule is broken.
+
+        Raises:
+            VerificationError: A rule is broken; the message lists all of them.
+        """
+        if self.broken:
+            raise VerificationError(
+                "the plan breaks its own rules: "
+                + "; ".join(self.broken)
+                + ". This is a bug: please report it with the statistics file"
+            )
+        return self
+
+
+def verify(stats: CalibrationStats, rows: Sequence[Row], rules: Rules) -> Verification:
+    """Recompute a plan's figures and check its rules.
+
+    Cost and cache bytes are recomputed for any rows. The objective and the errors are NaN if a
+    broken rule leaves them without meaning.
+
+    Args:
+        stats: The statistics that the plan was compiled from.
+        rows: One row a unit.
+        rules: What the plan must keep to.
+    """
+    broken = _broken_rules(stats, rows, rules)
+    cost = _cost(stats, rows)
+    if cost > rules.budget_ms + _COST_RTOL * abs(rules.budget_ms):
+        broken.append(f"it costs {cost:.6f} ms, more than the budget of {rules.budget_ms:.6f} ms")
+    held = _peak_bytes(stats, rows)
+    if rules.max_cache_bytes is not None and held > rules.max_cache_bytes:
+        broken.append(f"it holds {held} bytes, more than max_cache_bytes={rules.max_cache_bytes}")
+    objective, error = np.nan, np.full(stats.num_prompts, np.nan)
+    if not broken:
+        objective = sum(
+            _price(stats, row, step, rules)
+            for row in rows
+            for step in range(stats.num_steps)
+            if row.anchor[step] >= 0
+        )
+        error = _final_error(stats, rows)
+    return Verification(
+        broken=tuple(broken),
+        cost_ms=cost,
+        objective=float(objective),
+        cache_bytes=held,
+        error=error,
+    )
+
+
+def _name(stats: CalibrationStats, row: Row) -> str:
+    return "step" if row.group is None else stats.groups[row.group].name
+
+
+def _runs(rows: Sequence[Row], steps: int) -> list[bool]:
+    for row in rows:
+        if row.group is None:
+            return list(row.refresh)
+    return [True] * steps
+
+
+def _broken_rules(stats: CalibrationStats, rows: Sequence[Row], rules: Rules) -> list[str]:
+    broken = []
+    steps = stats.num_steps
+    runs = _runs(rows, steps)
+    for row in rows:
+        name = _name(stats, row)
+        lengths = {len(row.refresh), len(row.anchor), len(row.base), len(row.weight)}
+        if lengths != {steps}:
+            broken.append(f"{name} has rows of lengths {sorted(lengths)} for {steps} steps")
+            continue
+        if not row.refresh[0]:
+            broken.append(f"{name} is not refreshed at step 0")
+            continue
+        seen: list[int] = []
+        for step in range(steps):
+            at = f"{name} at step {step}"
+            anchor, base, weight = row.anchor[step], row.base[step], row.weight[step]
+            if not np.isfinite(weight):
+                broken.append(f"{at} has weight {weight}")
+            if row.refresh[step]:
+                if anchor >= 0:
+                    broken.append(f"{at} is refreshed and has an anchor")
+                if row.group is not None and not runs[step]:
+                    broken.append(f"{at} is refreshed where the step is skipped")
+                if base >= 0 and (row.group is not None or not seen or base != seen[-1]):
+                    broken.append(f"{at} corrects with step {base}, not its refresh before")
+                if base < 0 and weight != 0:
+                    broken.append(f"{at} has a weight and nothing to multiply")
+                seen.append(step)
+                continue
+            if step in rules.forced and (row.group is None or runs[step]):
+                broken.append(f"{at} is not refreshed, though forced")
+            if row.group is not None and not runs[step]:
+                if anchor >= 0 or base >= 0 or weight != 0:
+                    broken.append(f"{at} is cached where the step is skipped")
+                continue
+            if anchor < 0:
+                broken.append(f"{at} is idle, but the step is run")
+                continue
+            if anchor != seen[-1]:
+                broken.append(f"{at} has anchor {anchor}, not its last refresh {seen[-1]}")
+                continue
+            reach = step - (base if base >= 0 else anchor)
+            if row.group is not None and reach > stats.max_lag:
+                broken.append(f"{at} reaches back {reach} steps; {stats.max_lag} were measured")
+            if rules.max_gap is not None and step - anchor > rules.max_gap:
+                broken.append(
+                    f"{at} is {step - anchor} steps from its anchor; {rules.max_gap} may be"
+                )
+            if base >= 0 and base not in seen[max(0, len(seen) - 1 - rules.history) : -1]:
+                broken.append(f"{at} has base {base}, not one of {rules.history} refreshes before")
+            if base < 0 and weight != 0:
+                broken.append(f"{at} has a weight and nothing to multiply")
+    return broken
+
+
+def _cost(stats: CalibrationStats, rows: Sequence[Row]) -> float:
+    """Milliseconds of the transformer: the rest of every run step, and what is refreshed."""
+    cost = 0.0
+    grouped = {row.group for row in rows if row.group is not None}
+    for runs in _runs(rows, stats.num_steps):
+        if runs:
+            cost += stats.rest_ms
+            # Blocks of groups without a row are computed wherever the transformer runs.
+            cost += sum(
+                float(ms) for group, ms in enumerate(stats.group_ms) if group not in grouped
+            )
+    for row in rows:
+        if row.group is not None:
+            cost += float(stats.group_ms[row.group]) * sum(bool(cell) for cell in row.refresh)
+    return cost
+
+
+def _peak_bytes(stats: CalibrationStats, rows: Sequence[Row]) -> int:
+    """Peak over steps of what is stored: each tensor from its step to its last reader."""
+    steps = stats.num_steps
+    held = [0] * steps
+    for row in rows:
+        size = stats.velocity_bytes if row.group is None else stats.group_bytes[row.group]
+        for source in range(len(row.anchor)):
+            readers = [
+                later
+                for later in range(source + 1, len(row.anchor))
+                if source in (row.anchor[later], row.base[later])
+            ]
+            for now in range(source, max(readers, default=source - 1) + 1):
+                held[now] += size
+        if row.group is None:
+            for now in range(steps):
+                if row.anchor[now] >= 0 or (now + 1 < steps and row.anchor[now + 1] >= 0):
+                    held[now] += stats.output_bytes
+    return max(held)
+
+
+def _delta(stats: CalibrationStats, row: Row, prompt: int, step: int, source: int) -> FloatArray:
+    """(S,) change of the velocity at `step` if the unit reuses what it had at `source`."""
+    if row.group is None:
+        velocity: FloatArray = stats.velocities[prompt].astype(np.float64)
+        found: FloatArray = velocity[source] - velocity[step]
+        return found
+    measured: FloatArray = stats.deltas[prompt, step, row.group, step - source - 1]
+    return measured.astype(np.float64)
+
+
+def _price(stats: CalibrationStats, row: Row, step: int, rules: Rules) -> float:
+    """Price of one cached cell under the pricing rule's own gain, not the row's."""
+    anchor, base = row.anchor[step], row.base[step]
+    sigma = stats.sigmas.astype(np.float64)
+    reuse = [_delta(stats, row, p, step, anchor) for p in range(stats.num_prompts)]
+    squares = [float(x @ x) for x in reuse]
+    if base >= 0:
+        rise = (sigma[step] - sigma[anchor]) / (sigma[anchor] - sigma[base])
+        moves = [rise * (x - _delta(stats, row, p, step, base)) for p, x in enumerate(reuse)]
+        norm = sum(float(y @ y) for y in moves)
+        if rules.gains == "unit" or norm == 0:
+            gain = 1.0
+        elif rules.gains == "none":
+            gain = 0.0
+        else:
+            inner = sum(float(x @ y) for x, y in zip(reuse, moves, strict=True))
+            # Least squares with 2 % of the norm as a pull towards 1, within -1 and 4.
+            gain = min(max((0.02 - inner / norm) / 1.02, -1.0), 4.0)
+        squares = [
+            float((x + gain * y) @ (x + gain * y)) for x, y in zip(reuse, moves, strict=True)
+        ]
+    mean = sum(squares) / len(squares) / stats.numel
+    return float(((sigma[step + 1] - sigma[step]) ** 2 * mean) ** rules.power)
+
+
+def _final_error(stats: CalibrationStats, rows: Sequence[Row]) -> FloatArray:
+    """(P,) predicted mean squared error of the final latent, cell by cell."""
+    sigma = stats.sigmas.astype(np.float64)
+    result = np.zeros(stats.num_prompts)
+    for prompt in range(stats.num_prompts):
+        total: FloatArray = np.zeros(stats.velocities.shape[2])
+        for row in rows:
+            for step in range(stats.num_steps):
+                anchor, base, weight = row.anchor[step], row.base[step], row.weight[step]
+                moved: FloatArray = np.zeros_like(total)
+                if anchor >= 0:
+                    moved = _delta(stats, row, prompt, step, anchor)
+                    if base >= 0:
+                        moved = moved + weight * (moved - _delta(stats, row, prompt, step, base))
+                elif row.refresh[step] and base >= 0:
+                    moved = -weight * _delta(stats, row, prompt, step, base)
+                total += (sigma[step + 1] - sigma[step]) * moved
+        result[prompt] = total @ total / stats.numel
+    return result
