@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from layercache.models.adapters import adapter_for, blocks_of, unwrap
-from layercache.models.stepping import sigmas_of
 
 # Arguments of a pipeline call that change what the model computes, besides the prompt and seed.
 _CALL_KEYS = (
@@ -86,14 +85,6 @@ def setting_of(pipe: Any, call_kwargs: Mapping[str, Any] | None = None) -> dict[
             found[key] = value
     result: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return result
-
-
-def schedule_difference(scheduler: Any, sigmas: tuple[float, ...]) -> float | None:
-    """Largest difference between a scheduler's noise levels and `sigmas`; None: other lengths."""
-    mine = sigmas_of(scheduler)
-    if len(mine) != len(sigmas):
-        return None
-    return max(abs(a - b) for a, b in zip(mine, sigmas, strict=True))
 
 
 def _without_defaults(module: nn.Module) -> dict[str, Any]:

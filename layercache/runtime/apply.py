@@ -79,6 +79,12 @@ def apply_plan(
         block_list = adapter.block_list(str(group.block_list))
         for block in blocks_of(transformer, block_list)[group.start : group.stop]:
             check_signature(block_list, block)
+            if _splits_its_inputs(block):
+                raise UnsupportedModelError(
+                    f"context parallelism splits the sequence at a block of {group.name}, so that "
+                    "what enters it and what leaves it differ in length: begin the group one block "
+                    "later, or use a plan with the step unit only"
+                )
     if plan.groups and is_compiled(transformer):
         raise UnsupportedModelError(
             f"this {type(transformer).__name__} is compiled as a whole, so its blocks cannot be "
@@ -94,3 +100,8 @@ def apply_plan(
     run = PlanRun(pipe, component, plan, adapter, on_mismatch)
     run.install()
     return run
+
+
+def _splits_its_inputs(block: nn.Module) -> bool:
+    registry: Any = getattr(block, "_diffusers_hook", None)
+    return any(name.startswith("cp_input") for name in getattr(registry, "hooks", ()))

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
+from diffusers.hooks.context_parallel import _CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -308,6 +311,23 @@ def test_forward_hooks_come_and_go_inside_the_gates(hook_first: bool) -> None:
     run.remove()
 
 
+class Split(DiffusersHook):
+    """Stands where diffusers' context parallelism splits a block's inputs."""
+
+
+def test_a_group_where_the_sequence_is_split_is_refused() -> None:
+    pipe = pipeline()
+    first = pipe.transformer.transformer_blocks[0]
+    HookRegistry.check_if_exists_or_initialize(first).register_hook(
+        Split(), _CONTEXT_PARALLEL_INPUT_HOOK_TEMPLATE.format("transformer_blocks.0")
+    )
+    with pytest.raises(UnsupportedModelError, match="begin the group one block later"):
+        apply_plan(pipe, make_plan(pipe, STEPS, [group(LIST, 0, 4, "##1###")]))
+    with apply_plan(pipe, make_plan(pipe, STEPS, [group(LIST, 1, 4, "##1###")])) as run:
+        pipe(STEPS)
+    assert run.report().warnings == ()
+
+
 def test_changing_adapters_drops_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline()
     monkeypatch.setattr(
@@ -379,9 +399,10 @@ def test_blocks_compiled_after_the_plan_are_taken_up() -> None:
 
 
 def test_a_model_compiled_as_a_whole_takes_the_step_unit_only() -> None:
-    pipe = pipeline()
+    # One block, since compiling is what takes the time here.
+    pipe = LoopPipeline(*build("QwenImageTransformer2DModel", num_layers=1))
     eager = pipe.transformer
-    with_groups = make_plan(pipe, STEPS, MIXED)
+    with_groups = make_plan(pipe, STEPS, [group(LIST, 0, 1, "##1###")])
     only_step = make_plan(pipe, STEPS, [step("##0#10")])
     with apply_plan(pipe, only_step):
         expected = pipe(STEPS)
