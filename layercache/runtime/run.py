@@ -58,7 +58,7 @@ class PlanRun:
         self, pipe: Any, component: str, plan: Plan, adapter: Adapter, on_mismatch: OnMismatch
     ) -> None:
         self.plan = plan
-        self._pipe, self._component, self._on_mismatch = pipe, component, on_mismatch
+        self._pipe, self._on_mismatch = pipe, on_mismatch
         self._transformer: nn.Module = getattr(pipe, component)
         self._scheduler = pipe.scheduler
         self._groups: list[GroupRunner] = []
