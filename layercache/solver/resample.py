@@ -2,13 +2,20 @@
 
 A calibration samples two functions of sigma: the velocity v(sigma), and the velocity delta
 D(sigma_t, sigma_a) of reusing a residual from sigma_a at sigma_t. Sketches are linear, so both
-interpolate linearly, v between two measured steps and D bilinearly in (sigma_t, sigma_a). D vanishes
-on the diagonal, and across it D(t, a) = -D(a, t) to first order, so lag 0 and negative lags need no
-measurement. Outside the measured sigmas the nearest two steps are extended.
+interpolate linearly, v between two measured steps and D bilinearly in (sigma_t, sigma_a). D
+vanishes on the diagonal, and across it D(t, a) = -D(a, t) to first order, so lag 0 and negative
+lags need no measurement. Outside the measured sigmas the nearest two steps are extended.
 
 The longest new lag is the one up to which every pair of new sigmas lies within the measured lags:
 nothing is extrapolated towards longer gaps. At least one lag is kept; if even that reaches beyond,
 D is extended in proportion to sigma_a - sigma_t.
+
+Between two samples a linear interpolant has no curvature, and curvature is all that a predictor
+gets wrong. So the finer the new schedule is against the measured one, the better predictions seem;
+schedules much finer than the calibration are refused, and predicted figures of the others are
+somewhat optimistic. (A cubic interpolant was no better on the reference model: of velocities
+measured at every second step it missed the ones between by 25 % of a step's change, squared,
+against 22 % for the linear one.)
 """
 
 from __future__ import annotations
@@ -21,6 +28,8 @@ from numpy.typing import NDArray
 from layercache.errors import StatsError
 from layercache.stats import CalibrationStats, FloatArray
 
+FINEST = 0.55
+"""Smallest step of a new schedule, as a share of the measured step at the same sigma."""
 _SLACK = 1e-6
 
 
@@ -32,7 +41,8 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
         sigmas: (T'+1,) noise levels, strictly falling, the last one 0.
 
     Raises:
-        StatsError: The new sigmas are malformed or reach more than a step beyond the measured ones.
+        StatsError: The new sigmas are malformed, reach more than a step beyond the measured ones,
+            or lie much closer together.
 
     Example:
         >>> resample(stats, np.linspace(1, 0, 31)).num_steps  # doctest: +SKIP
@@ -52,6 +62,14 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
             "schedule that starts there"
         )
     low, share = _locate(old[:-1], new[:-1])
+    finest = -np.diff(new)[:-1] / (old[low] - old[low + 1])[:-1]
+    if len(finest) and finest.min() < FINEST:
+        step = int(finest.argmin())
+        raise StatsError(
+            f"step {step} of the new schedule (sigma {new[step]:.4g} to {new[step + 1]:.4g}) is "
+            f"{finest[step]:.2f} of the calibrated step there; below {FINEST} interpolation hides "
+            "what caching would cost: calibrate with more steps"
+        )
     velocities = _mix(stats.velocities[:, low], stats.velocities[:, low + 1], share[:, None])
     lags = _usable_lags(low, share, stats.max_lag)
     steps = len(new) - 1
