@@ -30,7 +30,7 @@ from layercache.plan import (
 )
 from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
-from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
+from layercache.solver.gains import GAIN_MODES, GainFit, predicted_psnr, trajectory_error
 from layercache.solver.pricing import price_units
 from layercache.solver.problem import UnitSchedule
 from layercache.solver.resample import resample
@@ -135,6 +135,9 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         raise LayerCacheError(
             f"solver is {options.solver!r}; use {' or '.join(map(repr, sorted(SOLVERS)))}"
         )
+    if options.gains not in GAIN_MODES:
+        modes = ", ".join(map(repr, GAIN_MODES[:-1]))
+        raise LayerCacheError(f"gains is {options.gains!r}; use {modes} or {GAIN_MODES[-1]!r}")
     if not budgets:
         return []
     measured_steps = stats.num_steps
@@ -225,8 +228,8 @@ def _infeasible(
     speedup = math.floor((full + overhead) / (error.smallest_ms + overhead) * 1e3) / 1e3
     return BudgetError(
         f"a budget of {budget} cannot be met: the tightest for these statistics and options is "
-        f"Budget(fraction={share:.4f}) or Budget(speedup={speedup:.3f}); relax the budget, or "
-        "calibrate with more lags"
+        f"Budget(fraction={share:.4f}) or Budget(speedup={speedup:.3f}); relax the budget, "
+        "calibrate with more lags, or raise max_gap and max_cache_bytes where they are set"
     )
 
 

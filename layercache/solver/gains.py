@@ -39,6 +39,7 @@ from layercache.solver.pricing import STEP_NAME, cell_gains
 from layercache.solver.problem import BoolArray, FloatArray, UnitSchedule
 from layercache.stats import CalibrationStats
 
+GAIN_MODES = ("none", "unit", "cell", "trajectory")
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DECIMALS = 6
 
@@ -137,7 +138,7 @@ def fit_gains(
         >>> fit.mode, fit.ridge  # doctest: +SKIP
         ('trajectory', 0.1)
     """
-    if mode not in ("none", "unit", "cell", "trajectory"):
+    if mode not in GAIN_MODES:
         raise LayerCacheError(f"gains is {mode!r}; use 'none', 'unit', 'cell' or 'trajectory'")
     with_corrections = corrections and mode == "trajectory"
     system = _assemble(stats, schedules, with_corrections)

@@ -1,0 +1,291 @@
+"""`compile_plan`: budgets, options, certificates, and verification of what it writes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layercache import Budget, BudgetError, CalibrationStats, LayerCacheError, Plan, compile_plan
+from layercache.compile import Options, pareto
+from layercache.solver.verify import Row, Rules, VerificationError, verify
+from tests.solver.strategies import random_stats
+
+UNITS = [("step",), ("groups",), ("step", "groups")]
+
+
+def rows_of(stats: CalibrationStats, plan: Plan) -> list[Row]:
+    number = {group.name: index for index, group in enumerate(stats.groups)}
+    return [
+        Row(
+            group=number.get(unit.name),
+            refresh=plan.schedules[unit.name].refresh,
+            anchor=plan.schedules[unit.name].anchor,
+            base=plan.schedules[unit.name].base,
+            weight=plan.schedules[unit.name].weight,
+        )
+        for unit in plan.units
+    ]
+
+
+def rules_of(stats: CalibrationStats, share: float, **changes: Any) -> Rules:
+    full = stats.num_steps * (float(stats.group_ms.sum()) + stats.rest_ms)
+    arguments: dict[str, Any] = {"budget_ms": share * full, "history": 2, "gains": "cell"}
+    return Rules(**arguments | changes)
+
+
+@pytest.mark.parametrize(
+    ("units", "gains", "solver"),
+    [
+        *itertools.product(UNITS, ["none", "unit", "cell", "trajectory"], ["dp"]),
+        (("groups",), "unit", "greedy"),
+        (("step", "groups"), "trajectory", "greedy"),
+    ],
+)
+def test_every_kind_of_plan_keeps_its_budget_and_round_trips(
+    units: tuple[str, ...], gains: str, solver: str, tmp_path: Path
+) -> None:
+    stats = random_stats(0)
+    plan = compile_plan(stats, 0.6, units=units, gains=gains, solver=solver)
+    assert plan.predicted.compute_share <= 0.6 * (1 + 1e-9)
+    assert plan.certificate.lower_bound <= plan.certificate.objective
+    assert plan.certificate.solver == solver
+    assert [unit.kind for unit in plan.units].count("step") == ("step" in units)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+@settings(max_examples=20)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(UNITS),
+    st.floats(0.45, 1.0),
+    st.integers(1, 3),
+    st.sampled_from(["unit", "cell", "trajectory"]),
+)
+def test_verification_accepts_every_plan(
+    seed: int, units: tuple[str, ...], share: float, history: int, gains: str
+) -> None:
+    stats = random_stats(seed, steps=10, groups=2, prompts=3)
+    plan = compile_plan(stats, share, units=units, history=history, gains=gains)
+    mode = "unit" if gains == "unit" else "cell"
+    found = verify(stats, rows_of(stats, plan), rules_of(stats, share, history=history, gains=mode))
+    assert found.broken == ()
+    assert found.objective == pytest.approx(plan.certificate.objective)
+
+
+def mutations(row: Row, steps: int) -> list[tuple[str, dict[str, Any]]]:
+    """Changes of one row that each break a rule, with a word of the complaint."""
+    cached = [t for t in range(steps) if row.anchor[t] >= 0]
+    predicted = [t for t in cached if row.base[t] >= 0]
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    def put(name: str, step: int, value: Any) -> dict[str, Any]:
+        values = list(getattr(row, name))
+        values[step] = value
+        return {name: values}
+
+    found.append(("step 0", put("refresh", 0, False)))
+    if cached:
+        t = cached[-1]
+        found.append(("anchor", put("anchor", t, row.anchor[t] - 1)))
+        found.append(("idle, but the step is run", put("anchor", t, -1)))
+        found.append(("refreshed and has an anchor", put("refresh", t, True)))
+    if predicted:
+        t = predicted[-1]
+        found.append(("base", put("base", t, row.anchor[t])))
+        found.append(("weight", put("weight", t, float("nan"))))
+        if row.weight[t]:
+            found.append(("nothing to multiply", put("base", t, -1)))
+    return found
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_verification_rejects_every_broken_rule(units: tuple[str, ...]) -> None:
+    stats = random_stats(2)
+    rows = rows_of(stats, compile_plan(stats, 0.55, units=units))
+    rules = rules_of(stats, 0.55)
+    assert verify(stats, rows, rules).broken == ()
+    tried = 0
+    for index, row in enumerate(rows):
+        for word, change in mutations(row, stats.num_steps):
+            changed = [*rows[:index], replace(row, **change), *rows[index + 1 :]]
+            result = verify(stats, changed, rules)
+            assert any(word in text for text in result.broken), (word, result.broken)
+            with pytest.raises(VerificationError, match="This is a bug"):
+                result.require()
+            tried += 1
+    assert tried >= 5
+
+
+def test_verification_rejects_what_exceeds_a_limit() -> None:
+    stats = random_stats(2)
+    plan = compile_plan(stats, 0.55)
+    rows = rows_of(stats, plan)
+
+    def complaints(**changes: Any) -> str:
+        share = changes.pop("share", 0.55)
+        return "; ".join(verify(stats, rows, rules_of(stats, share, **changes)).broken)
+
+    assert "more than the budget of" in complaints(share=0.3)
+    assert "more than max_cache_bytes=1" in complaints(max_cache_bytes=1)
+    assert "0 may be" in complaints(max_gap=0)
+    assert "not one of 0 refreshes before" in complaints(history=0)
+    cached = next(t for t in range(12) if not rows[0].refresh[t])
+    assert "though forced" in complaints(forced=frozenset({cached}))
+
+
+def test_a_group_that_is_computed_at_a_skipped_step_is_rejected() -> None:
+    stats = random_stats(2)
+    rows = rows_of(stats, compile_plan(stats, 0.55))
+    skipped = next(t for t in range(12) if not rows[0].refresh[t])
+    refresh = list(rows[1].refresh)
+    refresh[skipped] = True
+    broken = verify(
+        stats, [rows[0], replace(rows[1], refresh=refresh), *rows[2:]], rules_of(stats, 0.55)
+    ).broken
+    assert any("refreshed where the step is skipped" in text for text in broken)
+
+
+def test_a_wrong_figure_is_caught_before_the_plan_is_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stats = random_stats(3)
+    error = "layercache.compile.trajectory_error"
+    monkeypatch.setattr(error, lambda *_: np.full(stats.num_prompts, 1e-9))
+    with pytest.raises(VerificationError, match="the plan states psnr_db"):
+        compile_plan(stats, 0.5)
+
+
+def test_speedups_count_what_runs_outside_the_transformer() -> None:
+    stats = random_stats(4)
+    plan = compile_plan(stats, "1.5x")
+    assert plan.predicted.speedup >= 1.5
+    full = float(stats.group_ms.sum()) + stats.rest_ms
+    total = full + stats.overhead_ms
+    spent = plan.predicted.compute_share * full + stats.overhead_ms
+    assert plan.predicted.speedup == pytest.approx(total / spent)
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_a_full_budget_computes_everything_that_has_a_price(units: tuple[str, ...]) -> None:
+    plan = compile_plan(random_stats(5), 1.0, units=units)
+    assert plan.certificate.objective == 0
+    assert all(set(unit.cells) == {"#"} for unit in plan.units)
+    assert all(not any(unit.gains or ()) for unit in plan.units)
+    assert plan.predicted.psnr_db is None
+    assert plan.predicted.cache_bytes == 0
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_the_tightest_budget_in_the_message_can_be_met(units: tuple[str, ...]) -> None:
+    stats = random_stats(6)
+    with pytest.raises(BudgetError) as error:
+        compile_plan(stats, 0.01, units=units)
+    text = str(error.value)
+    assert text.startswith("a budget of 0.010 of the compute cannot be met: the tightest")
+    share = float(text.split("fraction=")[1].split(")")[0])
+    speedup = float(text.split("speedup=")[1].split(")")[0])
+    compile_plan(stats, share, units=units)
+    compile_plan(stats, Budget(speedup=speedup), units=units)
+    with pytest.raises(BudgetError):
+        compile_plan(stats, share - 2e-4, units=units)
+    with pytest.raises(BudgetError):
+        compile_plan(stats, Budget(speedup=speedup + 2e-3), units=units)
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_a_memory_limit_is_kept_by_the_finished_plan(units: tuple[str, ...]) -> None:
+    stats = random_stats(7)
+    free = compile_plan(stats, 0.6, units=units)
+    limit = int(0.8 * free.predicted.cache_bytes)
+    plan = compile_plan(stats, 0.6, units=units, max_cache_bytes=limit)
+    assert plan.predicted.cache_bytes <= limit
+    assert plan.certificate.lower_bound >= 0
+
+
+def test_forced_steps_and_gaps_are_kept() -> None:
+    plan = compile_plan(random_stats(8), 0.7, forced=(5, 11), max_gap=1)
+    for unit in plan.units:
+        assert unit.cells[5] == unit.cells[11] == "#"
+        row = plan.schedules[unit.name]
+        assert all(t - a <= 1 for t, a in enumerate(row.anchor) if a >= 0)
+
+
+def test_the_published_method_has_its_own_form() -> None:
+    plan = compile_plan(random_stats(9), 0.6, solver="greedy", units=("groups",), gains="unit")
+    assert plan.step_unit is None
+    assert all(unit.gains is None for unit in plan.units)
+    assert plan.certificate.gains == "unit"
+
+
+def test_pareto_is_compile_plan_for_every_budget() -> None:
+    stats = random_stats(10)
+    shares = [0.9, 0.7, 0.5]
+    plans = pareto(stats, shares)
+    assert plans == [compile_plan(stats, share) for share in shares]
+    assert pareto(stats, []) == []
+    only = pareto(stats, [0.7], Options(units=("step",), gains="cell"))[0]
+    assert only == compile_plan(stats, 0.7, units=("step",), gains="cell")
+
+
+def test_another_schedule_is_compiled_by_interpolation() -> None:
+    stats = random_stats(11, steps=24, lags=8)
+    x = np.linspace(1, 1 / 16, 16)
+    sigmas = np.append(2 * x / (1 + x), 0.0)
+    plan = compile_plan(stats, 0.6, sigmas=sigmas)
+    assert plan.num_steps == 16
+    assert plan.sigmas == tuple(sigmas)
+    assert plan.provenance["interpolated_from_steps"] == 24
+    assert "num_inference_steps" not in plan.setting
+    assert "scheduler_shift" not in plan.setting
+    same = compile_plan(stats, 0.6, sigmas=stats.sigmas)
+    assert [u.cells for u in same.units] == [u.cells for u in compile_plan(stats, 0.6).units]
+    assert "interpolated_from_steps" not in compile_plan(stats, 0.6).provenance
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": "ilp"}, "solver is 'ilp'; use 'dp' or 'greedy' or 'milp'"),
+        ({"units": ("blocks",)}, "units is ('blocks',); use 'step', 'groups' or both"),
+        ({"gains": "best"}, "gains is 'best'; use 'none', 'unit', 'cell' or 'trajectory'"),
+        ({"history": 9}, "history is 9; 0 to 3 refreshes can be kept"),
+    ],
+)
+def test_unknown_options_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayerCacheError) as error:
+        compile_plan(random_stats(0), 0.6, **arguments)
+    assert str(error.value) == message
+
+
+def test_milp_compiles_the_same_objective_as_dp() -> None:
+    stats = random_stats(12, steps=8, groups=2, lags=3)
+    plans = [
+        compile_plan(stats, 0.6, units=("groups",), gains="cell", solver=name)
+        for name in ("dp", "milp")
+    ]
+    assert plans[0].certificate.objective == pytest.approx(plans[1].certificate.objective, rel=1e-6)
+
+
+def test_the_chosen_schedule_has_the_least_error_left_out() -> None:
+    """Oracle: every candidate fitted by hand."""
+    from layercache.compile import _budget_ms, _problem
+    from layercache.solver.dp import DynamicProgramme
+    from layercache.solver.gains import fit_gains
+
+    stats = random_stats(13, prompts=6)
+    options = Options()
+    candidates = DynamicProgramme(_problem(stats, options)).candidates(
+        _budget_ms(stats, Budget(fraction=0.6))
+    )
+    near = [c for c in candidates if c.objective <= 2 * candidates[0].objective]
+    best = min(near, key=lambda c: fit_gains(stats, c.units).score)
+    plan = compile_plan(stats, 0.6)
+    assert plan.certificate.objective == best.objective
