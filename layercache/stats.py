@@ -13,7 +13,7 @@ import io
 import json
 import os
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +25,7 @@ from layercache.errors import ModelMismatchError, StatsError
 FloatArray = NDArray[np.floating[Any]]
 
 SCHEMA_VERSION = 1
-_ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain")
+_ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain", "amplification")
 _META = "meta"
 _MAX_META_BYTES = 16 * 2**20
 
@@ -70,6 +70,8 @@ class CalibrationStats:
             transformer.
         image_gain: (P,) mean squared pixel change (images in [0, 1]) per mean squared change of the
             final latent.
+        amplification: (P, T) how many times longer an error that is made at step t is once it has
+            reached the final latent; all 1 where it was not measured.
         group_bytes: (G,) bytes of one stored residual of each group, all branches, per image; of
             the longest prompt.
         velocity_bytes: Bytes of one stored guided output, per image.
@@ -101,8 +103,12 @@ class CalibrationStats:
     prompt_ids: tuple[str, ...]
     model: dict[str, Any]
     setting: dict[str, Any]
+    amplification: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __post_init__(self) -> None:
+        if self.amplification.size == 0:
+            ones = np.ones(self.velocities.shape[:2])
+            object.__setattr__(self, "amplification", ones)
         _validate(self)
         for name in _ARRAYS:
             getattr(self, name).setflags(write=False)
@@ -142,6 +148,17 @@ class CalibrationStats:
     def overhead_ms(self) -> float:
         """Median milliseconds every step spends outside the transformer."""
         return float(np.median(self.times_ms[:, -1]))
+
+    @property
+    def propagation(self) -> FloatArray:
+        """(T,) weight of an error made at step t in the final one, falling in t.
+
+        The geometric mean of `amplification` over prompts (a few prompts amplify a hundred times
+        more than the others), raised to its largest later value so that it never grows again.
+        """
+        mean = np.log(self.amplification.astype(np.float64)).mean(axis=0)
+        result: FloatArray = np.exp(np.maximum.accumulate(mean[::-1])[::-1])
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file atomically: a reader sees the old file or the whole new one."""
@@ -281,6 +298,7 @@ def _validate(stats: CalibrationStats) -> None:
         "deltas": (prompts, steps, groups, lags, size),
         "times_ms": (prompts, groups + 2),
         "image_gain": (prompts,),
+        "amplification": (prompts, steps),
     }
     for name, shape in expected.items():
         array = getattr(stats, name)
@@ -299,8 +317,10 @@ def _validate(stats: CalibrationStats) -> None:
             f"prompts={prompts}, groups={groups}, branches={stats.branches}, "
             f"numel={stats.numel}: each must be at least 1"
         )
-    if (stats.times_ms < 0).any() or (stats.image_gain <= 0).any():
-        raise StatsError("times_ms must not be negative and image_gain must be positive")
+    if (stats.times_ms < 0).any():
+        raise StatsError("times_ms must not be negative")
+    if (stats.image_gain <= 0).any() or (stats.amplification <= 0).any():
+        raise StatsError("image_gain and amplification must be positive")
     if len(stats.group_bytes) != groups:
         raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
     if len(stats.prompt_ids) != prompts or list(stats.prompt_ids) != sorted(set(stats.prompt_ids)):

@@ -128,6 +128,7 @@ def _stats(
         deltas=measured.deltas[order],
         times_ms=measured.times_ms[order],
         image_gain=measured.image_gain[order],
+        amplification=measured.amplification[order],
         group_bytes=measured.group_bytes,
         velocity_bytes=measured.velocity_bytes,
         output_bytes=measured.output_bytes,

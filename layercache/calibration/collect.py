@@ -22,6 +22,7 @@ from torch import Tensor
 
 from layercache.calibration.profile import image_gain, profile_run, run_pipeline
 from layercache.calibration.prompts import Batch
+from layercache.calibration.propagation import measure_amplification
 from layercache.calibration.replay import ReplayableTransformer
 from layercache.calibration.sketch import CountSketch
 from layercache.errors import StatsError
@@ -37,6 +38,7 @@ class Measured:
     deltas: NDArray[np.float32]
     times_ms: NDArray[np.float64]
     image_gain: NDArray[np.float64]
+    amplification: NDArray[np.float64]
     group_bytes: tuple[int, ...]
     velocity_bytes: int
     output_bytes: int
@@ -48,8 +50,14 @@ class _Collector:
     """Drives the replays from the pipeline's own calls of the transformer and the scheduler."""
 
     def __init__(
-        self, replayable: ReplayableTransformer, steps: int, sketch: _LazySketch, tick: Tick
+        self,
+        scheduler: Any,
+        replayable: ReplayableTransformer,
+        steps: int,
+        sketch: _LazySketch,
+        tick: Tick,
     ) -> None:
+        self.scheduler = scheduler
         self.replayable, self.sketch, self.tick = replayable, sketch, tick
         groups, lags = len(replayable.groups), replayable.lags
         self.jobs = [(group, lag) for group in range(groups) for lag in range(1, lags + 1)]
@@ -57,6 +65,8 @@ class _Collector:
         self.number = 0
         self.velocity: Tensor | None = None
         self.velocities: list[NDArray[np.float32]] = []
+        self.raw: list[Tensor] = []
+        self.final: Tensor | None = None
         self.deltas: list[NDArray[np.float32]] = []
         self.row: list[NDArray[np.float32]] = []
         self.outputs: dict[tuple[int, int, int], Any] = {}
@@ -113,6 +123,10 @@ class _Collector:
             return None
         result, self.velocity, self.position = self.velocity, None, -1
         self.velocities.append(self.sketch(result))
+        self.raw.append(result.cpu())
+        if len(self.raw) == self.steps:
+            sigmas = sigmas_of(self.scheduler)
+            self.final = (sample + (sigmas[-1] - sigmas[-2]) * result).cpu()
         self.deltas.append(np.stack(self.row, axis=1))
         self.row = []
         self.replayable.end_step()
@@ -146,10 +160,11 @@ def collect(
     sketch_seed: int,
     tick: Tick,
 ) -> Measured:
-    """Measure one batch: a plain run with timers, then the run with replays."""
+    """Measure one batch: a plain run with timers, the run with replays, and perturbed runs."""
     profile = profile_run(pipe, batch, replayable)
     replayable.branches.clear()
-    collector = _Collector(replayable, steps, _LazySketch(sketch_size, sketch_seed), tick)
+    sketch = _LazySketch(sketch_size, sketch_seed)
+    collector = _Collector(pipe.scheduler, replayable, steps, sketch, tick)
     replayable.on_call(collector.on_call)
     with (
         repeated_timesteps(pipe.scheduler, 1 + len(collector.jobs)),
@@ -162,16 +177,18 @@ def collect(
             f"{steps} was asked; this pipeline cannot be calibrated by replay"
         )
     size = len(batch.ids)
-    assert collector.sketch.sketch is not None
+    assert collector.sketch.sketch is not None and collector.final is not None
     groups, lags = len(replayable.groups), replayable.lags
     deltas = np.stack(collector.deltas, axis=1)  # (B, T, G M, S)
     outputs = [_bytes(branch.output) for branch in replayable.branches]
+    amplification = measure_amplification(pipe, batch, replayable, collector.raw, collector.final)
     return Measured(
         sigmas=sigmas_of(pipe.scheduler),
         velocities=np.stack(collector.velocities, axis=1),
         deltas=deltas.reshape(size, steps, groups, lags, -1),
         times_ms=np.tile(profile.times_ms, (size, 1)),
         image_gain=image_gain(images, profile),
+        amplification=amplification,
         group_bytes=tuple(replayable.residual_bytes(g) // size for g in range(groups)),
         velocity_bytes=collector.velocity_bytes // size,
         output_bytes=sum(outputs) // size,

@@ -17,8 +17,18 @@ small grid by leave-one-prompt-out: the gains are fitted on all other prompts, a
 the squared error predicted for the one left out decides. Per-cell gains stand in the same
 comparison; if they win, they are used, and the result says so.
 
-The model is first order: it knows neither how an error made early is amplified or damped by later
-steps, nor how several groups cached at one step interact. That is why the guard is there.
+An error made at step s has grown A_s-fold when it reaches the end (`stats.propagation`, falling in
+s), but in directions that only the model knows. Write S_t for the sum of all errors made up to step
+t. If each step's share of the growth turns S_t somewhere new, the squared final error is
+
+    sum over t of (A_t^2 - A_{t+1}^2) ||S_t||^2 = sum over s, t of A_{max(s,t)}^2 <error_s, error_t>
+
+(Abel summation; A_T = 0), which is what "squared error" means above: products of errors made at s
+and t count with the growth since the later one. Errors should cancel soon, before they are
+amplified.
+
+The model is first order: it does not know how several groups cached at one step interact. That is
+why the guard is there.
 
 Source: least-squares multistep coefficients for diffusion sampling are known (for example
 DPM-Solver-v3, arXiv 2310.13268, for global ones); the affine form over a caching schedule is this
@@ -36,7 +46,7 @@ import numpy as np
 
 from layercache.errors import LayerCacheError
 from layercache.solver.pricing import STEP_NAME, cell_gains
-from layercache.solver.problem import BoolArray, FloatArray, UnitSchedule
+from layercache.solver.problem import BoolArray, FloatArray, IntArray, UnitSchedule
 from layercache.stats import CalibrationStats
 
 GAIN_MODES = ("none", "unit", "cell", "trajectory")
@@ -244,8 +254,10 @@ def _assemble(
     variables = [cell for cell in cells if cell.base >= 0]
     place = tuple((cell.unit, cell.step) for cell in variables)
     place += tuple((unit, step) for unit, step, _ in moves)
+    at = np.array([step for _, step in place], dtype=int)
+    weight = stats.propagation**2
     parts = [
-        _inner_products(*_affine(stats, prompt, schedules, cells, moves))
+        _inner_products(*_affine(stats, prompt, schedules, cells, moves), at, weight)
         for prompt in range(stats.num_prompts)
     ]
     constant, linear, gram, inner, norm = (np.array(part) for part in zip(*parts, strict=True))
@@ -277,7 +289,7 @@ def _affine(
     cells: Sequence[_Cell],
     moves: Sequence[tuple[int, int, int]],
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """One prompt's e (S,), A (n, S), and each predicted cell's own error under reuse (n, S)."""
+    """One prompt's e by step (T, S), A (n, S), and each predicted cell's own error under reuse."""
     sigmas = np.asarray(stats.sigmas, dtype=np.float64)
     dsigma = np.diff(sigmas)
     velocity = np.asarray(stats.velocities[prompt], dtype=np.float64)
@@ -292,11 +304,11 @@ def _affine(
         measured = stats.deltas[prompt, cell.step, group_of[name], lag - 1]
         return np.asarray(measured, dtype=np.float64)
 
-    constant = np.zeros(velocity.shape[1])
+    constant = np.zeros((stats.num_steps, velocity.shape[1]))
     rows, own = [], []
     for cell in cells:
         reuse = dsigma[cell.step] * delta(cell, cell.anchor)
-        constant += reuse
+        constant[cell.step] += reuse
         if cell.base >= 0:
             reach = (sigmas[cell.step] - sigmas[cell.anchor]) / (
                 sigmas[cell.anchor] - sigmas[cell.base]
@@ -305,15 +317,24 @@ def _affine(
             own.append(reuse)
     for _, step, previous in moves:
         rows.append(dsigma[step] * (velocity[step] - velocity[previous]))
-        own.append(np.zeros_like(constant))
-    shape = (len(rows), len(constant))
+        own.append(np.zeros(velocity.shape[1]))
+    shape = (len(rows), velocity.shape[1])
     return constant, np.reshape(rows, shape), np.reshape(own, shape)
 
 
 def _inner_products(
-    constant: FloatArray, rows: FloatArray, own: FloatArray
+    constant: FloatArray, rows: FloatArray, own: FloatArray, at: IntArray, weight: FloatArray
 ) -> tuple[float, FloatArray, FloatArray, FloatArray, FloatArray]:
-    """What `_System` keeps of one prompt."""
-    inner: FloatArray = (own * rows).sum(axis=1)
-    norm: FloatArray = (rows**2).sum(axis=1)
-    return float(constant @ constant), rows @ constant, rows @ rows.T, inner, norm
+    """What `_System` keeps of one prompt; the product of errors made at s and t is weighted."""
+    steps = np.arange(len(weight))
+
+    def later(first: IntArray, second: IntArray) -> FloatArray:
+        found: FloatArray = weight[np.maximum(first[:, None], second)]
+        return found
+
+    scale = weight[at]
+    inner: FloatArray = scale * (own * rows).sum(axis=1)
+    norm: FloatArray = scale * (rows**2).sum(axis=1)
+    total = float((constant @ constant.T * later(steps, steps)).sum())
+    linear: FloatArray = (rows @ constant.T * later(at, steps)).sum(axis=1)
+    return total, linear, rows @ rows.T * later(at, at), inner, norm

@@ -9,7 +9,9 @@ Caching step t with anchor a and base b moves the velocity by
 where D_a is the measured velocity delta of plain reuse of a (for a group `stats.deltas` at lag t -
 a, for the whole step v_a - v_t), and the Euler step turns it into a latent error of
 
-    price(t, a, b) = (sigma_{t+1} - sigma_t)^2 * mean over prompts of ||delta||^2 / numel.
+    price(t, a, b) = A_t^2 (sigma_{t+1} - sigma_t)^2 * mean over prompts of ||delta||^2 / numel,
+
+with A_t (`stats.propagation`) how much longer an error made at step t is when it reaches the end.
 
 Both are quadratic forms of the Gram matrix of {D_lag}, so every anchor, span and gain is priced
 from one Gram a step, without forming a single delta. The gain of a cell is 0 (`"none"`), 1
@@ -160,7 +162,7 @@ def _price(stats: CalibrationStats, gram: FloatArray, mode: str) -> tuple[FloatA
         )
     weight = gains * reach
     squared = np.maximum(aa + 2 * weight * slope + weight**2 * curve, 0.0)
-    euler = (sigmas[1:] - sigmas[:-1])[:, None, None] ** 2
+    euler = (np.diff(sigmas) * stats.propagation)[:, None, None] ** 2
     prices = np.where(usable, euler * squared.mean(axis=0) / stats.numel, np.inf)
     return prices, gains
 

@@ -92,6 +92,13 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
         sigmas=new,
         velocities=velocities.astype(np.float32),
         deltas=deltas,
+        amplification=np.exp(
+            _mix(
+                np.log(stats.amplification[:, low]),
+                np.log(stats.amplification[:, low + 1]),
+                share,
+            )
+        ),
     )
 
 

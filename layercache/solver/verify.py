@@ -15,6 +15,7 @@ rows of resolved cells and recomputes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -257,7 +258,17 @@ def _price(stats: CalibrationStats, row: Row, step: int, rules: Rules) -> float:
             float((x + gain * y) @ (x + gain * y)) for x, y in zip(reuse, moves, strict=True)
         ]
     mean = sum(squares) / len(squares) / stats.numel
-    return float(((sigma[step + 1] - sigma[step]) ** 2 * mean) ** rules.power)
+    move = (sigma[step + 1] - sigma[step]) * _growth(stats)[step]
+    return float((move**2 * mean) ** rules.power)
+
+
+def _growth(stats: CalibrationStats) -> list[float]:
+    """Geometric mean amplification of each step, never below that of a later one."""
+    found: list[float] = []
+    for step in reversed(range(stats.num_steps)):
+        logs = [math.log(float(row[step])) for row in stats.amplification]
+        found.append(max(math.exp(sum(logs) / len(logs)), found[-1] if found else 0.0))
+    return found[::-1]
 
 
 def _final_error(stats: CalibrationStats, rows: Sequence[Row]) -> FloatArray:
@@ -266,8 +277,9 @@ def _final_error(stats: CalibrationStats, rows: Sequence[Row]) -> FloatArray:
     result = np.zeros(stats.num_prompts)
     for prompt in range(stats.num_prompts):
         total: FloatArray = np.zeros(stats.velocities.shape[2])
-        for row in rows:
-            for step in range(stats.num_steps):
+        growth = [*_growth(stats), 0.0]
+        for step in range(stats.num_steps):
+            for row in rows:
                 anchor, base, weight = row.anchor[step], row.base[step], row.weight[step]
                 moved: FloatArray = np.zeros_like(total)
                 if anchor >= 0:
@@ -277,5 +289,6 @@ def _final_error(stats: CalibrationStats, rows: Sequence[Row]) -> FloatArray:
                 elif row.refresh[step] and base >= 0:
                     moved = -weight * _delta(stats, row, prompt, step, base)
                 total += (sigma[step + 1] - sigma[step]) * moved
-        result[prompt] = total @ total / stats.numel
+            grown = growth[step] ** 2 - growth[step + 1] ** 2
+            result[prompt] += grown * float(total @ total) / stats.numel
     return result
