@@ -46,9 +46,9 @@ def joint_bound(
     if step is None or not problem.groups or known <= 0:
         return 0.0
     table = problem.price_of(step)[None]
-    whole = _Paths(table, min(table.shape[1] + 1, problem.num_steps), problem.history)
+    whole = Paths(table, min(table.shape[1] + 1, problem.num_steps), problem.history)
     reach = min(groups.shape[2] + table.shape[1] + 1, problem.num_steps)
-    parts = _Paths(groups, reach, problem.history)
+    parts = Paths(groups, reach, problem.history)
     ms = np.array([unit.refresh_ms for unit in problem.groups])
     room = budget_ms - problem.fixed_ms
     blocked = np.zeros(problem.num_steps, dtype=bool)
@@ -93,7 +93,7 @@ def joint_bound(
     return min(best, known)
 
 
-class _Paths:
+class Paths:
     """Shortest paths of U units over (last refresh, gap behind it), with idle cells."""
 
     def __init__(self, prices: FloatArray, reach: int, history: int) -> None:

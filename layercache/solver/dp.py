@@ -7,10 +7,10 @@ front. Both are exact, so the result is optimal and says so; should the knapsack
 its certificate shows the gap.
 
 With a step unit the groups live on the steps that are run, so their fronts depend on which steps
-are skipped. Exact here: the best schedule of the step unit by itself for every number of run steps,
-and the best plan of all groups on the run steps of each of these schedules. Heuristic: only those
-step schedules are tried (see `step_schedules`), not all 2^(T-1). The lower bound covers all of
-them.
+are skipped. Exact here: the best plan of all groups on the run steps of each step schedule that is
+tried, and, without groups, the whole problem. Heuristic: only the schedules of
+`steps.step_schedules` are tried, not all 2^(T-1). The lower bound (`bound.joint_bound`) covers all
+of them.
 
 The set of step schedules does not depend on the budget, so many budgets share one pass, and a
 larger budget is never worse.
@@ -19,7 +19,6 @@ larger budget is never worse.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -36,16 +35,7 @@ from layercache.solver.problem import (
     budget_error,
     build_solution,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class StepSchedule:
-    """Which steps are run, what skipping the others costs, and the bytes that it reserves."""
-
-    run: BoolArray
-    depth: int
-    price: float
-    size: int
+from layercache.solver.steps import StepSchedule, step_schedules
 
 
 class DynamicProgramme:
@@ -65,20 +55,12 @@ class DynamicProgramme:
 
     @cached_property
     def step_schedules(self) -> tuple[StepSchedule, ...]:
-        """The schedules of the step unit that are tried, dearest (all steps run) first."""
-        problem, unit = self.problem, self.problem.step_unit
-        everything = np.ones(problem.num_steps, dtype=bool)
-        if unit is None:
-            return (StepSchedule(everything, 0, 0.0, 0),)
-        found = [StepSchedule(everything, 0, 0.0, 0)]
-        for depth in self._depths:
-            front = solve_fronts(problem.price_of(unit)[None], depth)
-            for count in range(problem.num_steps - 1, 0, -1):
-                price = float(front.values[0, count])
-                if np.isfinite(price):
-                    size = unit.residual_bytes * (1 + depth) + unit.extra_bytes
-                    found.append(StepSchedule(front.refreshes(0, count), depth, price, size))
-        return tuple(found)
+        """The schedules of the step unit that are tried, all steps run first."""
+        return step_schedules(self.problem, self._tables, self._depths)
+
+    @cached_property
+    def _tables(self) -> FloatArray | None:
+        return _stack(self.problem) if self.problem.groups else None
 
     @cached_property
     def smallest_budget_ms(self) -> float:
@@ -101,9 +83,10 @@ class DynamicProgramme:
         return self.candidates(budget_ms, 1)[0]
 
     def candidates(self, budget_ms: float, count: int | None = None) -> list[ScheduleSolution]:
-        """The best schedule on each step schedule that is tried, least objective first.
+        """For each number of run steps the best schedule, least objective first.
 
-        The lower bound of each is that of the whole problem.
+        There may be two of one number: one that caches groups and one that does not. The lower
+        bound of each is that of the whole problem.
 
         Args:
             budget_ms: The budget.
@@ -112,28 +95,36 @@ class DynamicProgramme:
         Raises:
             BudgetError: Nothing fits; the message gives the smallest feasible budget.
         """
-        ranked: list[tuple[float, int, Choice]] = []
+        least: dict[tuple[int, bool], tuple[float, int, Choice]] = {}
         for index, schedule in enumerate(self.step_schedules):
-            # Only the best one is asked for, and prices of groups are not negative.
-            if count == 1 and ranked and schedule.price >= min(entry[0] for entry in ranked):
+            # Prices of groups are not negative, so this schedule cannot win any more.
+            if count == 1 and any(schedule.price >= rival[0] for rival in least.values()):
                 continue
             choice = self._choose(index, budget_ms)
-            if choice is not None:
-                ranked.append((schedule.price + choice.error, index, choice))
-        if not ranked:
+            if choice is None:
+                continue
+            run = int(schedule.run.sum())
+            total = schedule.price + choice.error
+            kind = run, any(pick % (run + 1) != run for pick in choice.picks)
+            if kind not in least or total < least[kind][0]:
+                least[kind] = (total, index, choice)
+        if not least:
             raise budget_error(self.problem.with_budget(budget_ms), self.smallest_budget_ms)
-        ranked.sort(key=lambda entry: entry[:2])
-        total, index, choice = ranked[0]
-        if self.problem.step_unit is not None and self.problem.groups:
-            limit = self.problem.with_budget(budget_ms).budget_limit
-            bound = joint_bound(self.problem, _stack(self.problem), limit, total)
-        elif self.problem.step_unit is not None:
-            bound = total
-        else:
-            bound = choice.lower_bound
+        ranked = sorted(least.values(), key=lambda entry: entry[:2])
+        bound = self._bound(budget_ms, ranked[0][0], ranked[0][2])
         return [
             self._solution(index, choice, budget_ms, bound) for _, index, choice in ranked[:count]
         ]
+
+    def _bound(self, budget_ms: float, total: float, choice: Choice) -> float:
+        """A lower bound of the whole problem, given its best known objective."""
+        if self.problem.step_unit is None:
+            return choice.lower_bound
+        if self._tables is None:
+            # The step unit alone: its front is exact and has been searched whole.
+            return total
+        limit = self.problem.with_budget(budget_ms).budget_limit
+        return joint_bound(self.problem, self._tables, limit, total)
 
     def _spent(self, schedule: StepSchedule) -> float:
         unit = self.problem.step_unit
@@ -155,7 +146,8 @@ class DynamicProgramme:
         """Fronts of all groups on one step schedule, by depth, and their points as options."""
         if index not in self._group_fronts:
             run = np.flatnonzero(self.step_schedules[index].run)
-            tables = compress(_stack(self.problem), run)
+            assert self._tables is not None
+            tables = compress(self._tables, run)
             fronts = tuple(solve_fronts(tables, depth) for depth in self._depths)
             options = [
                 _front_options(unit, [front.values[row] for front in fronts], self._depths)

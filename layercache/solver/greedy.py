@@ -65,7 +65,8 @@ class _Row:
     """One unit's refreshes and the price of any stretch of its cells, in plain Python numbers."""
 
     def __init__(self, table: FloatArray, milliseconds: float, depth: int) -> None:
-        self.table: list[list[list[float]]] = table.tolist()
+        # A memory view yields Python floats and, unlike nested lists, costs nothing to make.
+        self.table = np.ascontiguousarray(table).data
         self.lags, self.spans = table.shape[1], table.shape[2] - 1
         self.milliseconds = milliseconds
         self.depth = depth
@@ -74,7 +75,7 @@ class _Row:
 
     def price(self, refreshes: list[int], first: int, stop: int, run: list[bool]) -> float:
         """Price of all cells whose anchor is one of refreshes[first:stop]."""
-        total = 0.0
+        total, table = 0.0, self.table
         for position in range(first, stop):
             anchor, end = refreshes[position], refreshes[position + 1]
             if end == anchor + 1:
@@ -88,8 +89,8 @@ class _Row:
                 if run[step]:
                     if step - anchor > self.lags:
                         return _INF
-                    row = self.table[step][step - 1 - anchor]
-                    total += min([row[span] for span in spans])
+                    lag = step - 1 - anchor
+                    total += min([table[step, lag, span] for span in spans])
         return total
 
     def change(self, step: int, run: list[bool], after: list[bool]) -> float:

@@ -158,6 +158,7 @@ def random_stats(
         deltas=deltas.astype(np.float32),
         times_ms=times,
         image_gain=rng.uniform(0.2, 0.3, prompts),
+        amplification=np.exp(rng.uniform(-0.3, 0.7, (prompts, steps))),
         group_bytes=tuple(100 + 10 * g for g in range(groups)),
         velocity_bytes=40,
         output_bytes=80,

@@ -32,10 +32,13 @@ def solve(
 def direct_error(
     stats: CalibrationStats, schedules: tuple[UnitSchedule, ...], gains: tuple[np.ndarray, ...]
 ) -> np.ndarray:
-    """The final error, vector by vector. Oracle of everything that goes through inner products."""
+    """The final error, vector by vector. Oracle of everything that goes through inner products.
+
+    Each pair of steps counts with the growth since the later one.
+    """
     sigma = stats.sigmas.astype(float)
     names = [group.name for group in stats.groups]
-    total = np.zeros((stats.num_prompts, stats.velocities.shape[2]))
+    total = np.zeros((stats.num_steps, stats.num_prompts, stats.velocities.shape[2]))
     for row, gain in zip(schedules, gains, strict=True):
         for t in range(stats.num_steps):
             dt = sigma[t + 1] - sigma[t]
@@ -50,14 +53,17 @@ def direct_error(
 
             a, b = int(row.anchor[t]), int(row.base[t])
             if a >= 0:
-                total += dt * delta(a)
+                total[t] += dt * delta(a)
                 if b >= 0:
                     rise = (sigma[t] - sigma[a]) / (sigma[a] - sigma[b])
-                    total += dt * gain[t] * rise * (delta(a) - delta(b))
+                    total[t] += dt * gain[t] * rise * (delta(a) - delta(b))
             elif row.refresh[t] and t > 0 and gain[t]:
                 previous = int(np.flatnonzero(row.refresh[:t])[-1])
-                total -= dt * gain[t] * delta(previous)
-    return (total**2).sum(axis=1) / stats.numel
+                total[t] -= dt * gain[t] * delta(previous)
+    later = np.maximum(*np.indices((stats.num_steps, stats.num_steps)))
+    products = np.einsum("spi,tpi->pst", total, total)
+    squared: np.ndarray = (products * stats.propagation[later] ** 2).sum(axis=(1, 2))
+    return squared / stats.numel
 
 
 @pytest.mark.parametrize("mode", ["none", "unit", "cell", "trajectory"])
@@ -118,7 +124,7 @@ def test_the_guard_falls_back_to_per_cell_gains(monkeypatch: pytest.MonkeyPatch)
     rng = np.random.default_rng(0)
     stats = random_stats(4, prompts=3, size=4)
     velocities = rng.standard_normal(stats.velocities.shape).astype(np.float32)
-    noisy = replace(stats, velocities=velocities)
+    noisy = replace(stats, velocities=velocities, amplification=np.ones((3, stats.num_steps)))
     schedules = solve(noisy, 0.5, ("step",))
     fit = fit_gains(noisy, schedules)
     assert fit.mode == "cell"
@@ -138,7 +144,8 @@ def test_one_prompt_cannot_check_trajectory_gains() -> None:
 def test_leave_one_out_uses_no_gain_fitted_on_the_prompt_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stats = random_stats(6, prompts=4)
+    # Growth is a mean over prompts, so it would differ without one of them.
+    stats = replace(random_stats(6, prompts=4), amplification=np.ones((4, 12)))
     schedules = solve(stats)
     fit = fit_gains(stats, schedules)
     assert fit.ridge is not None

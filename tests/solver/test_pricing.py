@@ -24,7 +24,7 @@ def price(stats: CalibrationStats, unit: int | None, t: int, i: int, j: int, gai
     if j:
         rise = (sigma[t] - sigma[a]) / (sigma[a] - sigma[b])
         vector = vector + gain * rise * (delta(a) - delta(b))
-    dt = sigma[t + 1] - sigma[t]
+    dt = (sigma[t + 1] - sigma[t]) * stats.propagation[t]
     return float(dt**2 * (vector**2).sum(axis=1).mean() / stats.numel)
 
 
