@@ -31,8 +31,9 @@ from layercache.plan import (
 from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
 from layercache.solver.gains import GAIN_MODES, GainFit, predicted_psnr, trajectory_error
-from layercache.solver.pricing import price_units
-from layercache.solver.problem import UnitSchedule
+from layercache.solver.polish import StepPolish
+from layercache.solver.pricing import STEP_NAME, price_units
+from layercache.solver.problem import UnitSchedule, build_solution
 from layercache.solver.resample import resample
 from layercache.solver.select import best_candidate
 from layercache.solver.verify import Row, Rules, VerificationError, verify
@@ -145,6 +146,8 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         stats = resample(stats, np.array(options.sigmas))
     problem = _problem(stats, options)
     programme = DynamicProgramme(problem) if options.solver == "dp" else None
+    skips = "step" in options.units and options.history > 0
+    polish = StepPolish(stats) if skips and options.gains == "trajectory" else None
     plans = []
     for budget in budgets:
         limit = _budget_ms(stats, budget)
@@ -152,6 +155,8 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
             if programme is not None:
                 count = None if options.gains == "trajectory" else 1
                 candidates = programme.candidates(limit, count)
+                if polish is not None:
+                    candidates += _polished(problem.with_budget(limit), candidates, polish)
             else:
                 candidates = [SOLVERS[options.solver](problem.with_budget(limit))]
         except InfeasibleBudgetError as error:
@@ -160,6 +165,32 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         _verify(stats, plan, options, problem.fixed_ms, limit)
         plans.append(plan)
     return plans
+
+
+def _polished(
+    problem: ScheduleProblem, candidates: Sequence[ScheduleSolution], polish: StepPolish
+) -> list[ScheduleSolution]:
+    """The candidate that skips the fewest steps and caches no group, improved by `StepPolish`."""
+    whole = [
+        candidate
+        for candidate in candidates
+        if all(unit.name == STEP_NAME or not unit.cached.any() for unit in candidate.units)
+    ]
+    if not whole:
+        return []
+    start = max(whole, key=lambda candidate: candidate.cost_ms)
+    step = next(unit for unit in start.units if unit.name == STEP_NAME)
+    run = polish.climb(step.refresh, problem.forced)
+    found = build_solution(
+        problem,
+        [run] * len(problem.units),
+        [problem.history] * len(problem.units),
+        solver=start.solver,
+        lower_bound=start.lower_bound,
+    )
+    limit = problem.max_cache_bytes
+    fits = limit is None or found.cache_bytes <= limit
+    return [found] if fits and np.isfinite(found.objective) else []
 
 
 def _best_plan(

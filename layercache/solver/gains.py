@@ -80,7 +80,7 @@ class GainFit:
 
 
 @dataclass(frozen=True, eq=False)
-class _System:
+class AffineError:
     """E_p = e_p + A_p^T gamma, by its inner products.
 
     Shapes: constant (P,) ||e||^2; linear (P, n) A e; gram (P, n, n) A A^T; inner and norm (P, n)
@@ -201,12 +201,17 @@ def predicted_psnr(stats: CalibrationStats, error: FloatArray) -> FloatArray:
     return result
 
 
+def leave_one_out_score(system: AffineError, ridge: float) -> float:
+    """Mean log10 of the squared error of prompts left out of a fit with this ridge."""
+    return _score(_leave_one_out(system, functools.partial(system.ridge_fit, ridge=ridge)))
+
+
 def _score(error: FloatArray) -> float:
     with np.errstate(divide="ignore"):
         return float(np.log10(error).mean())
 
 
-def _leave_one_out(system: _System, fit: Callable[[list[int]], FloatArray]) -> FloatArray:
+def _leave_one_out(system: AffineError, fit: Callable[[list[int]], FloatArray]) -> FloatArray:
     """(P,) squared error of each prompt under gains fitted on all others."""
     prompts = list(range(len(system.constant)))
     if len(prompts) < 2:
@@ -217,7 +222,7 @@ def _leave_one_out(system: _System, fit: Callable[[list[int]], FloatArray]) -> F
 def _finish(
     stats: CalibrationStats,
     schedules: Sequence[UnitSchedule],
-    system: _System,
+    system: AffineError,
     values: FloatArray,
     mode: str,
     ridge: float | None,
@@ -244,7 +249,7 @@ class _Cell:
 
 def _assemble(
     stats: CalibrationStats, schedules: Sequence[UnitSchedule], corrections: bool
-) -> _System:
+) -> AffineError:
     cells = [
         _Cell(unit, step, int(schedule.anchor[step]), int(schedule.base[step]))
         for unit, schedule in enumerate(schedules)
@@ -261,7 +266,7 @@ def _assemble(
         for prompt in range(stats.num_prompts)
     ]
     constant, linear, gram, inner, norm = (np.array(part) for part in zip(*parts, strict=True))
-    return _System(
+    return AffineError(
         constant=constant,
         linear=linear,
         gram=gram,
@@ -325,7 +330,7 @@ def _affine(
 def _inner_products(
     constant: FloatArray, rows: FloatArray, own: FloatArray, at: IntArray, weight: FloatArray
 ) -> tuple[float, FloatArray, FloatArray, FloatArray, FloatArray]:
-    """What `_System` keeps of one prompt; the product of errors made at s and t is weighted."""
+    """What `AffineError` keeps of one prompt; the product of errors made at s and t is weighted."""
     steps = np.arange(len(weight))
 
     def later(first: IntArray, second: IntArray) -> FloatArray:

@@ -40,6 +40,8 @@ from layercache.solver.problem import (
 
 TIME_LIMIT_S = 120.0
 _INFEASIBLE, _TIME_LIMIT = 2, 1
+# HiGHS keeps constraints to 1e-6, and its bound is only as sharp as that.
+_GAP = 1e-6
 
 
 class SolverTimeout(LayerCacheError, TimeoutError):
@@ -111,6 +113,7 @@ def solve(problem: ScheduleProblem, time_limit_s: float = TIME_LIMIT_S) -> Sched
         depths,
         solver="milp",
         lower_bound=max(bound / model.scale, 0.0),
+        tolerance=_GAP,
         time_limit=result.status == _TIME_LIMIT,
     )
 
@@ -206,11 +209,11 @@ def _transcribe(
         model.row(spent, -np.inf, problem.budget_limit - problem.fixed_ms)
     if problem.max_cache_bytes is not None:
         model.row(bytes_row, -np.inf, float(problem.max_cache_bytes))
-    # HiGHS has absolute tolerances, so a typical price is brought near 1; by a power of two, which
-    # rounds nothing.
+    # HiGHS stops at an absolute gap of 1e-6, so a typical price is brought near 4096; by a power of
+    # two, which rounds nothing.
     positive = [price for price in model.price if price > 0]
     if positive:
-        model.scale = 2.0 ** -np.floor(np.log2(np.median(positive)))
+        model.scale = float(2.0 ** (12 - np.floor(np.log2(np.median(positive)))))
     return model, refresh, predicted
 
 

@@ -335,11 +335,13 @@ def build_solution(
     *,
     solver: str,
     lower_bound: float,
+    tolerance: float = 1e-9,
     time_limit: bool = False,
 ) -> ScheduleSolution:
     """Resolve the cells of given refreshes and total their objective, cost and bytes.
 
-    `refreshes` has one (T,) mask a unit, `depths` the deepest base that each unit may use.
+    `refreshes` has one (T,) mask a unit, `depths` the deepest base that each unit may use. The
+    status is `"optimal"` if the relative gap is within `tolerance`.
     """
     run = np.ones(problem.num_steps, dtype=bool)
     for unit, refresh in zip(problem.units, refreshes, strict=True):
@@ -358,7 +360,7 @@ def build_solution(
         cost += unit.refresh_ms * int((refresh & active).sum())
         held += reserved_bytes(unit, schedules[-1])
     # Equal up to rounding counts as proven: both numbers are sums of the same prices.
-    proven = objective - lower_bound <= 1e-9 * abs(objective)
+    proven = objective - lower_bound <= tolerance * abs(objective)
     return ScheduleSolution(
         units=tuple(schedules),
         objective=objective,

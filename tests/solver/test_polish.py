@@ -1,0 +1,93 @@
+"""Hill climbing over step schedules. Oracle: `fit_gains`, which assembles errors from sketches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from layercache.compile import compile_plan
+from layercache.solver import gains as gains_module
+from layercache.solver.gains import AffineError, leave_one_out_score
+from layercache.solver.polish import RIDGE, StepPolish
+from layercache.solver.pricing import STEP_NAME
+from layercache.solver.problem import BoolArray, UnitSchedule
+from layercache.stats import CalibrationStats, Group
+
+STEPS = 12
+
+
+def smooth_stats(seed: int = 0, prompts: int = 4) -> CalibrationStats:
+    """Velocities that bend smoothly along the trajectory, as a model's do."""
+    rng = np.random.default_rng(seed)
+    sigmas = np.linspace(1.0, 0.0, STEPS + 1)
+    phase = rng.uniform(0, 3, (prompts, 1, 16))
+    speed = rng.uniform(1, 4, (1, 1, 16))
+    velocities = np.sin(phase + speed * sigmas[None, :-1, None])
+    return CalibrationStats(
+        sigmas=sigmas,
+        groups=(Group(block_list="blocks", start=0, stop=2),),
+        branches=1,
+        velocities=velocities.astype(np.float32),
+        deltas=np.zeros((prompts, STEPS, 1, 4, 16), dtype=np.float32),
+        times_ms=np.tile([8.0, 1.0, 0.5], (prompts, 1)),
+        image_gain=np.full(prompts, 0.06),
+        group_bytes=(64,),
+        velocity_bytes=64,
+        output_bytes=64,
+        numel=16,
+        sketch_seed=0,
+        prompt_ids=tuple("abcd"[:prompts]),
+        model={"class_name": "M", "block_lists": {"blocks": 2}, "architecture": "x"},
+        setting={},
+        amplification=np.tile(np.linspace(3.0, 1.0, STEPS), (prompts, 1)),
+    )
+
+
+def schedule_of(run: BoolArray) -> UnitSchedule:
+    """Anchor and base of every skipped step: the last two run steps before it."""
+    anchor, base = np.full(STEPS, -1), np.full(STEPS, -1)
+    for step in np.flatnonzero(~run):
+        before = np.flatnonzero(run[:step])
+        anchor[step] = before[-1]
+        base[step] = before[-2] if len(before) > 1 else -1
+    return UnitSchedule(name=STEP_NAME, refresh=run, anchor=anchor, base=base)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_score_is_that_of_the_gains(seed: int) -> None:
+    stats = smooth_stats(seed)
+    run = np.random.default_rng(seed).random(STEPS) < 0.6
+    run[0], run[1], run[5] = True, True, False
+    system: AffineError = gains_module._assemble(stats, [schedule_of(run)], True)
+    expected = leave_one_out_score(system, RIDGE)
+    assert StepPolish(stats).score(run) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_climbing_keeps_the_number_of_steps_and_never_gets_worse(seed: int) -> None:
+    polish = StepPolish(smooth_stats(seed))
+    run = np.zeros(STEPS, dtype=bool)
+    run[:6] = True
+    found = polish.climb(run)
+    assert found[0] and found.sum() == run.sum()
+    assert polish.score(found) < polish.score(run)
+
+
+def test_forced_steps_stay() -> None:
+    run = np.zeros(STEPS, dtype=bool)
+    run[:6] = True
+    assert StepPolish(smooth_stats()).climb(run, frozenset({4, 5}))[[4, 5]].all()
+
+
+def test_everything_computed_is_left_alone() -> None:
+    assert StepPolish(smooth_stats()).climb(np.ones(STEPS, dtype=bool)).all()
+
+
+def test_compiled_plans_gain_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = smooth_stats(1)
+    polished = compile_plan(stats, 0.5, units=("step",))
+    monkeypatch.setattr(StepPolish, "climb", lambda self, run, forced: run)
+    plain = compile_plan(stats, 0.5, units=("step",))
+    assert polished.predicted.compute_share <= 0.5
+    assert polished.predicted.psnr_db is not None and plain.predicted.psnr_db is not None
+    assert polished.predicted.psnr_db > plain.predicted.psnr_db
