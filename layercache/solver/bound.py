@@ -90,7 +90,7 @@ def joint_bound(
             break
         size = factor * (known - low) / length
         lam, pi = max(lam + size * along_lam, 0.0), pi + size * along_pi
-    return min(best, known)
+    return float(min(best, known))
 
 
 class Paths:

@@ -363,11 +363,11 @@ def build_solution(
     proven = objective - lower_bound <= tolerance * abs(objective)
     return ScheduleSolution(
         units=tuple(schedules),
-        objective=objective,
-        cost_ms=cost,
+        objective=float(objective),
+        cost_ms=float(cost),
         cache_bytes=held,
         status="optimal" if proven else "time_limit" if time_limit else "feasible",
-        lower_bound=min(lower_bound, objective),
+        lower_bound=float(min(lower_bound, objective)),
         solver=solver,
     )
 

@@ -1,0 +1,66 @@
+"""The decomposition bound and the milp's statuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from layercache.solver import SOLVERS, dp, milp
+from layercache.solver.bound import Paths, joint_bound
+from tests.solver import oracle
+from tests.solver.strategies import full_cost, random_problem
+
+
+@pytest.mark.parametrize("history", [0, 1, 2])
+def test_paths_without_idle_cells_are_lagrangian_fronts(history: int) -> None:
+    """Oracle: the front, priced per refresh. With a history of 2 paths may only be lower."""
+    problem = random_problem(history, steps=9, groups=3, history=history, lags=4, spans=4)
+    tables = np.stack(problem.prices)
+    front = dp.solve_fronts(tables, history).values
+    counts = np.arange(front.shape[1])
+    for price in (0.5, 3.0, 9.0):
+        expected = (front + price * counts).min(axis=1)
+        paths = Paths(tables, 5, history)
+        total, refreshed, idle = paths.solve(np.full(3, price))
+        if history < 2:
+            assert total == pytest.approx(expected)
+        else:
+            assert (total <= expected + 1e-9).all()
+        assert refreshed[:, 0].all()
+        assert not idle.any()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_joint_bound_is_below_brute_force_whatever_is_known(seed: int) -> None:
+    problem = random_problem(seed, step_unit=True, history=seed % 3, share=0.5)
+    best = oracle.optimum(problem)
+    programme = dp.DynamicProgramme(problem)
+    tables = programme._tables
+    assert tables is not None
+    for known in (best, 3 * best + 1):
+        assert joint_bound(problem, tables, problem.budget_ms, known) <= best + 1e-6
+
+
+def test_the_joint_bound_is_worth_having() -> None:
+    shares = []
+    for seed in range(8):
+        problem = random_problem(seed, step_unit=True, share=0.6)
+        best = oracle.optimum(problem)
+        if best > 0:
+            shares.append(SOLVERS["dp"](problem).lower_bound / best)
+    assert len(shares) >= 5
+    assert np.median(shares) > 0.5
+
+
+def test_milp_without_time_says_so() -> None:
+    problem = random_problem(2, steps=14, groups=6, lags=8, spans=8, share=0.5)
+    with pytest.raises(milp.SolverTimeout, match=r"found no schedule within 0 s"):
+        milp.solve(problem, time_limit_s=0.0)
+
+
+def test_milp_proves_what_it_calls_optimal() -> None:
+    problem = random_problem(3, steps=8, groups=3, share=0.5)
+    solution = milp.solve(problem)
+    assert solution.status == "optimal"
+    assert solution.gap <= 1e-6
+    assert solution.cost_ms <= 0.5 * full_cost(problem)
