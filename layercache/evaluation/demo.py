@@ -41,7 +41,7 @@ class DemoSize:
     """
 
     steps: int = STEPS
-    calibration: int = 8
+    calibration: int = 6
     validation: int = 4
     held_out: int = 16
     batch: int = 8

@@ -83,11 +83,15 @@ def test_everything_computed_is_left_alone() -> None:
     assert StepPolish(smooth_stats()).climb(np.ones(STEPS, dtype=bool)).all()
 
 
-def test_compiled_plans_gain_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    stats = smooth_stats(1)
-    polished = compile_plan(stats, 0.5, units=("step",))
-    monkeypatch.setattr(StepPolish, "climb", lambda self, run, forced: run)
-    plain = compile_plan(stats, 0.5, units=("step",))
-    assert polished.predicted.compute_share <= 0.5
-    assert polished.predicted.psnr_db is not None and plain.predicted.psnr_db is not None
-    assert polished.predicted.psnr_db > plain.predicted.psnr_db
+def test_compilation_considers_the_polished_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[BoolArray] = []
+    climb = StepPolish.climb
+
+    def spy(self: StepPolish, run: BoolArray, forced: frozenset[int]) -> BoolArray:
+        seen.append(climb(self, run, forced))
+        return seen[-1]
+
+    monkeypatch.setattr(StepPolish, "climb", spy)
+    plan = compile_plan(smooth_stats(1), 0.5, units=("step",))
+    assert plan.predicted.compute_share <= 0.5
+    assert len(seen) == 1 and seen[0].sum() == sum(plan.run_steps)

@@ -1,0 +1,85 @@
+"""Quality on the trained reference model, at reduced length: 4 prompts, 20 steps.
+
+Calibration prompts make the plan; validation prompts judge it. Held-out prompts are for the demo.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from layercache import CalibrationStats, compile_plan
+from layercache.calibration import calibrate
+from layercache.calibration.profile import run_pipeline
+from layercache.calibration.prompts import batches
+from layercache.evaluation.latency import run_once
+from layercache.evaluation.methods import Method
+from layercache.evaluation.metrics import fidelity
+from layercache.evaluation.peers import FewerSteps
+from layercache.plan import Plan
+from layercache.reference import call_arguments, load_pipeline, prompts
+from layercache.runtime import apply_plan
+
+STEPS = 20
+
+
+def arguments() -> dict[str, Any]:
+    found = call_arguments(num_inference_steps=STEPS)
+    del found["generator"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def stats(pipe: Any) -> CalibrationStats:
+    return calibrate(
+        pipe,
+        prompts("calibration", 4),
+        num_inference_steps=STEPS,
+        lags=3,
+        batch_size=4,
+        call_kwargs=arguments(),
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(stats: CalibrationStats) -> Plan:
+    return compile_plan(stats, 0.6)
+
+
+def psnr(pipe: Any, plan: Plan | None, method: Method | None = None) -> float:
+    batch = batches(prompts("validation", 4), 1, 4, arguments())[0]
+    reference = run_pipeline(pipe, batch)
+    if method is not None:
+        return fidelity(run_once(pipe, method, batch)[0], reference).psnr_mean
+    assert plan is not None
+    with apply_plan(pipe, plan) as run:
+        images = run_pipeline(pipe, batch)
+    assert not run.report().warnings
+    return fidelity(images, reference).psnr_mean
+
+
+def test_the_plan_beats_fewer_steps_at_equal_compute(pipe: Any, plan: Plan) -> None:
+    fewer = psnr(pipe, None, FewerSteps(12, STEPS, predicted_speedup=None))
+    assert plan.predicted.compute_share <= 0.6 + 1e-9
+    assert psnr(pipe, plan) > fewer + 3
+
+
+def test_fitted_gains_beat_plain_reuse(pipe: Any, stats: CalibrationStats, plan: Plan) -> None:
+    assert psnr(pipe, plan) > psnr(pipe, compile_plan(stats, 0.6, gains="none")) + 3
+
+
+def test_predicted_quality_is_of_the_right_size(pipe: Any, plan: Plan) -> None:
+    assert plan.predicted.psnr_db is not None
+    assert abs(plan.predicted.psnr_db - psnr(pipe, plan)) < 10
+
+
+def test_early_errors_grow(stats: CalibrationStats) -> None:
+    growth = stats.propagation
+    assert growth[1] > 2 * growth[-2]
