@@ -41,11 +41,11 @@ class DemoSize:
     """
 
     steps: int = STEPS
-    calibration: int = 6
+    calibration: int = 8
     validation: int = 4
     held_out: int = 16
     batch: int = 8
-    lags: int = 8
+    lags: int = 7
     screened: int = 3
 
 
