@@ -45,7 +45,7 @@ class DemoSize:
     validation: int = 4
     held_out: int = 16
     batch: int = 8
-    lags: int = 6
+    lags: int = 8
     screened: int = 3
 
 
