@@ -33,9 +33,9 @@ from layercache.solver.dp import DynamicProgramme
 from layercache.solver.gains import GAIN_MODES, GainFit, predicted_psnr, trajectory_error
 from layercache.solver.polish import StepPolish
 from layercache.solver.pricing import STEP_NAME, price_units
-from layercache.solver.problem import UnitSchedule, build_solution
 from layercache.solver.resample import resample
 from layercache.solver.select import best_candidate
+from layercache.solver.solution import UnitSchedule, build_solution
 from layercache.solver.verify import Row, Rules, VerificationError, verify
 from layercache.stats import CalibrationStats, FloatArray
 

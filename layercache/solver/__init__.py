@@ -8,11 +8,9 @@ from layercache.solver.problem import (
     InfeasibleBudgetError,
     ProblemError,
     ScheduleProblem,
-    ScheduleSolution,
-    Solver,
     UnitCosts,
-    UnitSchedule,
 )
+from layercache.solver.solution import ScheduleSolution, Solver, UnitSchedule
 
 
 def _milp(problem: ScheduleProblem) -> ScheduleSolution:

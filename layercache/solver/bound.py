@@ -1,6 +1,6 @@
 """Lower bound of the joint problem of skipped steps and cached groups.
 
-What makes the joint problem hard is one coupling: a group is idle at t exactly if the step unit
+What makes the joint problem hard is one coupling: a group is idle at t exactly if its step unit
 skips t. Give every group its own idle cells instead, at a price pi[g, t] paid by the group and
 received by the step unit, and put a price lam on each millisecond. For every lam >= 0 and pi,
 
@@ -11,7 +11,8 @@ received by the step unit, and put a price lam on each millisecond. For every la
                - lam (budget - fixed)
 
 is below the optimum (Lagrangian decomposition, Guignard & Kim 1987), and each minimum is a shortest
-path over (last refresh, gap behind it). A group's segment from anchor a to its next refresh c costs
+path over (last refresh, gap behind it). With a step unit for each branch the first two lines stand
+once for each family. A group's segment from anchor a to its next refresh c costs
 
     sum over a < t < c of  min(cheapest price(t, a, .), pi[g, t]),
 
@@ -23,74 +24,114 @@ out, which lowers L too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from layercache.solver.problem import BoolArray, FloatArray, ScheduleProblem
+from layercache.solver.problem import BoolArray, Family, FloatArray, ScheduleProblem
 
 ITERATIONS = 150
 _PATIENCE = 12
 
 
 def joint_bound(
-    problem: ScheduleProblem, groups: FloatArray, budget_ms: float, known: float
+    problem: ScheduleProblem,
+    tables: Sequence[FloatArray | None],
+    budget_ms: float,
+    known: float,
 ) -> float:
     """A number that no schedule's objective is below.
 
     Args:
-        problem: A problem with a step unit and groups.
-        groups: (G, T, L, J+1) price tables of all groups, padded to one shape.
+        problem: Any problem; the bound is worth having where a step unit governs groups.
+        tables: For each of the problem's families the (G, T, L, J+1) price tables of its groups,
+            padded to one shape; None for a family without groups.
         budget_ms: The budget, which need not be the problem's.
         known: Objective of some feasible schedule; climbing stops when it is reached.
     """
-    step = problem.step_unit
-    if step is None or not problem.groups or known <= 0:
+    if known <= 0:
         return 0.0
-    table = problem.price_of(step)[None]
-    whole = Paths(table, min(table.shape[1] + 1, problem.num_steps), problem.history)
-    reach = min(groups.shape[2] + table.shape[1] + 1, problem.num_steps)
-    parts = Paths(groups, reach, problem.history)
-    ms = np.array([unit.refresh_ms for unit in problem.groups])
+    parts = [
+        _Part(problem, family, table)
+        for family, table in zip(problem.families, tables, strict=True)
+    ]
     room = budget_ms - problem.fixed_ms
-    blocked = np.zeros(problem.num_steps, dtype=bool)
-    blocked[[0, *sorted(problem.forced)]] = True
-
     # Milliseconds are counted in mean refreshes, so that all multipliers are prices of one cell.
-    unit_ms = max(float(ms.mean()), step.refresh_ms, 1e-12)
-    full = problem.num_steps * (float(ms.sum()) + step.refresh_ms)
+    ms = np.concatenate([part.ms for part in parts])
+    unit_ms = max(float(ms.mean()) if len(ms) else 0.0, *(p.step_ms for p in parts), 1e-12)
+    full = problem.num_steps * (float(ms.sum()) + sum(part.step_ms for part in parts))
     lam = 2 * known / max(full - room, unit_ms)
-    pi = np.repeat((lam * ms)[:, None], problem.num_steps, axis=1)
+    pis = [np.repeat((lam * part.ms)[:, None], problem.num_steps, axis=1) for part in parts]
     lam *= unit_ms
-    best, best_at, factor, since = 0.0, (lam, pi), 1.0, 0
+    best, best_at, factor, since = 0.0, (lam, pis), 1.0, 0
     for _ in range(ITERATIONS):
         price_ms = lam / unit_ms
-        idle_price = np.where(blocked, np.inf, pi)
-        # The step unit's skipped cell is priced by its table and rewarded by all groups.
-        reward = -pi.sum(axis=0)
-        step_value, run, _ = whole.solve(
-            np.array([price_ms * step.refresh_ms]), reward=reward[None]
-        )
-        value, refreshed, idle = parts.solve(price_ms * ms, idle=idle_price)
-        low = float(step_value.sum() + value.sum()) - price_ms * room
+        low, spent, slopes = -price_ms * room, 0.0, []
+        for part, pi in zip(parts, pis, strict=True):
+            value, cost, slope = part.solve(price_ms, pi)
+            low, spent = low + value, spent + cost
+            slopes.append(slope)
         if low > best:
-            best, best_at, since = low, (lam, pi), 0
+            best, best_at, since = low, (lam, pis), 0
         else:
             since += 1
             if since >= _PATIENCE:
                 # Back to the best point with shorter steps.
-                (lam, pi), factor, since = best_at, factor / 2, 0
+                (lam, pis), factor, since = best_at, factor / 2, 0
                 if factor < 1e-3:
                     break
                 continue
-        spent = float(run.sum()) * step.refresh_ms + float(refreshed.sum(axis=1) @ ms)
         along_lam = (spent - room) / unit_ms
-        along_pi = idle.astype(float) - ~run[0]
-        along_pi[:, blocked] = 0.0
-        length = along_lam**2 + float((along_pi**2).sum())
+        length = along_lam**2 + sum(float((slope**2).sum()) for slope in slopes)
         if length == 0 or best >= known * (1 - 1e-9):
             break
         size = factor * (known - low) / length
-        lam, pi = max(lam + size * along_lam, 0.0), pi + size * along_pi
+        lam = max(lam + size * along_lam, 0.0)
+        pis = [pi + size * slope for pi, slope in zip(pis, slopes, strict=True)]
     return float(min(best, known))
+
+
+class _Part:
+    """One family's share of L: its step unit's shortest path and those of its groups."""
+
+    def __init__(self, problem: ScheduleProblem, family: Family, groups: FloatArray | None) -> None:
+        steps = problem.num_steps
+        self.step_ms, reach = 0.0, 0
+        self.whole: Paths | None = None
+        if family.step is not None:
+            table = problem.prices[family.step][None]
+            self.step_ms = problem.units[family.step].refresh_ms
+            reach = table.shape[1]
+            self.whole = Paths(table, min(reach + 1, steps), problem.history)
+        self.ms = np.array([problem.units[group].refresh_ms for group in family.groups])
+        self.groups: Paths | None = None
+        if groups is not None:
+            longest = min(groups.shape[2] + reach + 1, steps)
+            self.groups = Paths(groups, longest, problem.history)
+        # Where a group may not be left idle.
+        self.blocked = np.zeros(steps, dtype=bool)
+        self.blocked[[0, *sorted(problem.forced)]] = True
+        if self.whole is None:
+            self.blocked[:] = True
+
+    def solve(self, price_ms: float, pi: FloatArray) -> tuple[float, float, FloatArray]:
+        """The minimum, the milliseconds that it spends, and the slope along pi (G, T)."""
+        value, spent, slope = 0.0, 0.0, np.zeros_like(pi)
+        if self.whole is not None:
+            # The step unit's skipped cell is priced by its table and rewarded by all groups.
+            reward = -pi.sum(axis=0)[None]
+            least, run, _ = self.whole.solve(np.array([price_ms * self.step_ms]), reward=reward)
+            value += float(least.sum())
+            spent += float(run.sum()) * self.step_ms
+            slope -= ~run[0]
+        if self.groups is not None:
+            idle_price = np.where(self.blocked, np.inf, pi)
+            each, refreshed, idle = self.groups.solve(price_ms * self.ms, idle=idle_price)
+            value += float(each.sum())
+            spent += float(refreshed.sum(axis=1) @ self.ms)
+            slope += idle
+        slope[:, self.blocked] = 0.0
+        return value, spent, slope
 
 
 class Paths:

@@ -46,7 +46,8 @@ import numpy as np
 
 from layercache.errors import LayerCacheError
 from layercache.solver.pricing import STEP_NAME, cell_gains
-from layercache.solver.problem import BoolArray, FloatArray, IntArray, UnitSchedule
+from layercache.solver.problem import BoolArray, FloatArray, IntArray
+from layercache.solver.solution import UnitSchedule
 from layercache.stats import CalibrationStats
 
 GAIN_MODES = ("none", "unit", "cell", "trajectory")

@@ -30,13 +30,8 @@ from bisect import bisect_left
 
 import numpy as np
 
-from layercache.solver.problem import (
-    FloatArray,
-    InfeasibleBudgetError,
-    ScheduleProblem,
-    ScheduleSolution,
-    build_solution,
-)
+from layercache.solver.problem import FloatArray, InfeasibleBudgetError, ScheduleProblem
+from layercache.solver.solution import ScheduleSolution, build_solution
 
 _INF = float("inf")
 
@@ -118,22 +113,25 @@ def _solve(problem: ScheduleProblem, depths: list[int]) -> ScheduleSolution:
         _Row(table, unit.refresh_ms, depth)
         for unit, table, depth in zip(problem.units, problem.prices, depths, strict=True)
     ]
-    whole = next((i for i, unit in enumerate(problem.units) if unit.kind == "step"), -1)
-    run = [True] * steps
+    everything = [True] * steps
+    # The groups of each step unit, and the steps that each unit's family runs.
+    governed = {f.step: f.groups for f in problem.families if f.step is not None}
+    runs = {unit: everything for unit in range(len(rows))}
+    for groups in governed.values():
+        shared = list(everything)
+        runs.update((group, shared) for group in groups)
 
     def evaluate(index: int, step: int) -> tuple[float, float]:
         """Price per millisecond of one move, and the milliseconds that it saves."""
         row = rows[index]
         if row.depth < 0:
             return _INF, 0.0
-        if index != whole:
-            saved = row.milliseconds
-            return (row.change(step, run, run) / saved if saved > 0 else _INF), saved
-        saved, added = row.milliseconds, row.change(step, [True] * steps, [True] * steps)
-        run_after = [*run[:step], False, *run[step + 1 :]]
-        for other, group in enumerate(rows):
-            if other != whole and added < _INF:
-                added += group.change(step, run, run_after)
+        run = runs[index]
+        saved, added = row.milliseconds, row.change(step, run, run)
+        for other in governed.get(index, ()):
+            group, run = rows[other], runs[other]
+            if added < _INF:
+                added += group.change(step, run, [*run[:step], False, *run[step + 1 :]])
                 if _has(group.refreshes, step):
                     saved += group.milliseconds
         return (added / saved if saved > 0 else _INF), saved
@@ -154,7 +152,7 @@ def _solve(problem: ScheduleProblem, depths: list[int]) -> ScheduleSolution:
                 cost,
             )
         _, step, index = heapq.heappop(queue)
-        if not run[step]:
+        if not runs[index][step]:
             continue
         ratio, saved = evaluate(index, step)
         if ratio == _INF:
@@ -163,13 +161,11 @@ def _solve(problem: ScheduleProblem, depths: list[int]) -> ScheduleSolution:
             heapq.heappush(queue, (ratio, step, index))
             continue
         cost -= saved
-        if index == whole:
-            run[step] = False
-            for row in rows:
-                if _has(row.refreshes, step):
-                    row.refreshes.remove(step)
-        else:
-            rows[index].refreshes.remove(step)
+        rows[index].refreshes.remove(step)
+        for other in governed.get(index, ()):
+            runs[other][step] = False
+            if _has(rows[other].refreshes, step):
+                rows[other].refreshes.remove(step)
     masks = []
     for row in rows:
         mask = np.zeros(steps, dtype=bool)

@@ -15,7 +15,7 @@ x[u,t,a,b] that it is cached with anchor a and base b (b = a: reuse).
                 used[u] >= x[u,t,a,b],  ring[u] >= used[u]
                 ring[u] >= 1 + sum_{b<=s<a} y[u,s] - T (1 - x[u,t,a,b])
 
-where skip[t] = 1 - y[step,t] if there is a step unit and 0 otherwise. Cells of infinite price are
+where skip[t] = 1 - y[step,t] if a step unit governs u and 0 otherwise. Cells of infinite price are
 left out. `mip_rel_gap=0` asks for a proven optimum; on a time limit the best schedule found comes
 back with the bound reached and says so.
 
@@ -29,14 +29,8 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_matrix
 
 from layercache.errors import LayerCacheError
-from layercache.solver.problem import (
-    FloatArray,
-    IntArray,
-    ScheduleProblem,
-    ScheduleSolution,
-    budget_error,
-    build_solution,
-)
+from layercache.solver.problem import FloatArray, IntArray, ScheduleProblem, budget_error
+from layercache.solver.solution import ScheduleSolution, build_solution
 
 TIME_LIMIT_S = 120.0
 _INFEASIBLE, _TIME_LIMIT = 2, 1
@@ -154,11 +148,11 @@ def _transcribe(
     """The programme; of each unit the columns y, and (anchor, base, column) of predictions."""
     model, steps = _Model(), problem.num_steps
     refresh = [np.array([model.column() for _ in range(steps)], dtype=int) for _ in problem.units]
-    step_row = next((i for i, unit in enumerate(problem.units) if unit.kind == "step"), None)
+    governor = {group: family.step for family in problem.families for group in family.groups}
     bytes_row: list[tuple[int, float]] = []
     predicted: list[list[tuple[int, int, int]]] = [[] for _ in problem.units]
     for index, (unit, prices) in enumerate(zip(problem.units, problem.prices, strict=True)):
-        y = refresh[index]
+        y, step_row = refresh[index], governor.get(index)
         used = model.column(integral=False)
         ring = model.column(upper=float(problem.history + 1), integral=False)
         bytes_row += [(used, float(unit.extra_bytes)), (ring, float(unit.residual_bytes))]
@@ -167,7 +161,7 @@ def _transcribe(
         for step in range(steps):
             cells = _cells(model, prices, step, problem.history)
             cover = [(int(y[step]), 1.0)] + [(x, 1.0) for *_, x in cells]
-            if step_row is None or step_row == index:
+            if step_row is None:
                 model.row(cover, 1.0, 1.0)
             elif step in problem.forced:
                 model.row([(int(y[step]), 1.0)], 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""`ScheduleProblem` and `ScheduleSolution`: what every solver reads and returns.
+"""`ScheduleProblem`: what every solver reads.
 
 Shape suffixes: T steps, L lags of the anchor, J distances of the base behind the anchor.
 
@@ -16,6 +16,10 @@ With a *step unit*, the steps that it does not refresh are *skipped*: every grou
 costs nothing, adds nothing to the objective and cannot be refreshed. At the other steps groups are
 refreshed or cached as above, and the step unit's own `refresh_ms` is paid.
 
+*Branches*: a unit serves all transformer calls of a step, or the one `branch` that it names. Each
+branch may have a step unit of its own, which then skips that branch alone; groups follow the step
+unit of their branch (`ScheduleProblem.families`). All of them share the budget and the bytes.
+
 *Reserved bytes*: a unit that never predicts beyond depth d (its bases are among the d refreshes
 before the anchor; d = 0 is reuse alone) keeps a ring of 1 + d residuals, and none if it is never
 cached. Reserved bytes are the sum of all rings. A runtime that frees a residual after its last use
@@ -25,7 +29,6 @@ makes the problem solvable exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -60,6 +63,7 @@ class UnitCosts:
         extra_bytes: Further bytes held if the unit is cached anywhere.
         errors: (T, L, J+1) price of caching step t with anchor a = t-1-i and base b = a-j, at
             [t, i, j]; j = 0 is reuse of the anchor. Infinite where this is impossible.
+        branch: The branch whose calls the unit serves; empty if it serves all of them.
     """
 
     name: str
@@ -68,6 +72,7 @@ class UnitCosts:
     residual_bytes: int
     errors: FloatArray
     extra_bytes: int = 0
+    branch: str = ""
 
     def __post_init__(self) -> None:
         errors = np.array(self.errors, dtype=np.float64)
@@ -95,13 +100,26 @@ class UnitCosts:
         object.__setattr__(self, "errors", errors)
 
 
+@dataclass(frozen=True)
+class Family:
+    """Units that share the steps they run: positions in `ScheduleProblem.units`.
+
+    Attributes:
+        step: The step unit whose skipped steps the groups sit out, or None: all steps are run.
+        groups: The units that it governs.
+    """
+
+    step: int | None
+    groups: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScheduleProblem:
     """Steps x units x spans under a budget; validated once, so that solvers need not check.
 
     Args:
         sigmas: (T+1,) strictly falling noise levels.
-        units: The units; at most one step unit.
+        units: The units; at most one step unit, or one for each of several branches.
         budget_ms: Milliseconds that may be spent in all.
         fixed_ms: Milliseconds that any plan spends in all.
         history: H, how many refreshes before the anchor may serve as base; 0 allows reuse alone.
@@ -155,8 +173,18 @@ class ScheduleProblem:
                 raise ProblemError(
                     f"{unit.name}: errors covers {len(unit.errors)} steps, sigmas {self.num_steps}"
                 )
-        if sum(unit.kind == "step" for unit in self.units) > 1:
-            raise ProblemError("a problem has at most one step unit")
+        served = [unit.branch for unit in self.units if unit.kind == "step"]
+        if len(set(served)) < len(served) or ("" in served and len(served) > 1):
+            raise ProblemError(
+                f"step units serve the branches {served}; there may be one for all branches (''), "
+                "or one for each"
+            )
+        shared = [u.name for u in self.units if u.kind == "group" and not u.branch]
+        if any(served) and shared:
+            raise ProblemError(
+                f"step units serve the branches {served}, and group {shared[0]!r} all of them: "
+                "give every group the branch that it serves"
+            )
         if len({unit.name for unit in self.units}) != len(self.units):
             raise ProblemError(f"unit names repeat: {[unit.name for unit in self.units]}")
         if not 0 <= self.fixed_ms < np.inf or not self.budget_ms < np.inf:
@@ -172,8 +200,8 @@ class ScheduleProblem:
             raise ProblemError(
                 f"forced is {sorted(self.forced)}; steps are 0 to {self.num_steps - 1}"
             )
-        if not self.power > 0:
-            raise ProblemError(f"power is {self.power}; it must be above 0")
+        if not 0 < self.power < np.inf:
+            raise ProblemError(f"power is {self.power}; it must be finite and above 0")
         if self.max_cache_bytes is not None and self.max_cache_bytes < 0:
             raise ProblemError(f"max_cache_bytes is {self.max_cache_bytes}; it must be at least 0")
 
@@ -184,13 +212,34 @@ class ScheduleProblem:
 
     @property
     def step_unit(self) -> UnitCosts | None:
-        """The unit of the whole step, if there is one."""
+        """The unit of the whole step, if there is one; the first of several."""
         return next((unit for unit in self.units if unit.kind == "step"), None)
 
     @property
     def groups(self) -> tuple[UnitCosts, ...]:
         """The units of block groups, in order."""
         return tuple(unit for unit in self.units if unit.kind == "group")
+
+    @cached_property
+    def families(self) -> tuple[Family, ...]:
+        """Every unit once, by the step unit that governs it.
+
+        A step unit without groups governs nothing: where there are several, it is a unit like any
+        other, in the family of those that run at all steps.
+        """
+        steps = {u.branch: i for i, u in enumerate(self.units) if u.kind == "step"}
+        governed: dict[int, list[int]] = {step: [] for step in steps.values()}
+        free: list[int] = []
+        for index, unit in enumerate(self.units):
+            if unit.kind == "group":
+                governed.get(steps.get(unit.branch, steps.get("", -1)), free).append(index)
+        if len(governed) > 1:
+            free += [step for step, groups in governed.items() if not groups]
+            governed = {step: groups for step, groups in governed.items() if groups}
+        found = [Family(step, tuple(groups)) for step, groups in governed.items()]
+        if free:
+            found.append(Family(None, tuple(sorted(free))))
+        return tuple(found)
 
     @property
     def budget_limit(self) -> float:
@@ -216,171 +265,6 @@ class ScheduleProblem:
         changed.__dict__["prices"] = self.prices
         return changed
 
-    def price_of(self, unit: UnitCosts) -> FloatArray:
-        """The table of `prices` that belongs to `unit`."""
-        return self.prices[self.units.index(unit)]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class UnitSchedule:
-    """One unit's cells: (T,) arrays; anchor and base are -1 where there is none.
-
-    A cell that is neither refreshed nor has an anchor is idle (its step is skipped).
-    """
-
-    name: str
-    refresh: BoolArray
-    anchor: IntArray
-    base: IntArray
-
-    @property
-    def cached(self) -> BoolArray:
-        """(T,) whether the cell is reused or predicted."""
-        result: BoolArray = self.anchor >= 0
-        return result
-
-
-Status = Literal["optimal", "feasible", "time_limit"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ScheduleSolution:
-    """A schedule with its certificate.
-
-    Attributes:
-        units: One schedule a unit, in the problem's order.
-        objective: Sum of the prices of all cached cells.
-        cost_ms: Milliseconds spent, `fixed_ms` included.
-        cache_bytes: Reserved bytes.
-        status: `"optimal"` if objective and lower bound meet; `"feasible"` if the gap is open;
-            `"time_limit"` if the solver was also stopped early.
-        lower_bound: No schedule of this problem has a smaller objective.
-        solver: Name of the solver.
-    """
-
-    units: tuple[UnitSchedule, ...]
-    objective: float
-    cost_ms: float
-    cache_bytes: int
-    status: Status
-    lower_bound: float
-    solver: str
-
-    @property
-    def gap(self) -> float:
-        """(objective - lower bound) / objective; 0 for an objective of 0."""
-        if self.objective <= 0:
-            return 0.0
-        return max(0.0, (self.objective - self.lower_bound) / self.objective)
-
-    def __str__(self) -> str:
-        width = max(len(unit.name) for unit in self.units)
-        rows = []
-        for unit in self.units:
-            symbols = np.where(unit.refresh, "#", np.where(unit.cached, "-", "."))
-            rows.append(f"  {unit.name:<{width}}  {''.join(symbols)}")
-        head = (
-            f"{self.solver}: objective {self.objective:.6g}, lower bound {self.lower_bound:.6g} "
-            f"({self.status}), {self.cost_ms:.4g} ms, {self.cache_bytes} bytes"
-        )
-        return "\n".join([head, *rows])
-
-
-Solver = Callable[[ScheduleProblem], ScheduleSolution]
-
-
-def resolve_cells(
-    prices: FloatArray, refresh: BoolArray, active: BoolArray, depth: int
-) -> tuple[IntArray, IntArray, float]:
-    """Anchors, cheapest bases and total price of a unit whose refreshes are given.
-
-    Args:
-        prices: (T, L, J+1).
-        refresh: (T,) refreshed steps, step 0 among them.
-        active: (T,) steps at which the unit is not idle.
-        depth: How many refreshes before the anchor may serve as base.
-
-    Returns:
-        anchor (T,), base (T,), and the total, infinite if a cell cannot be cached so. Among equal
-        prices the shallowest base is taken.
-    """
-    lags, spans = prices.shape[1], prices.shape[2] - 1
-    anchor = np.full(len(refresh), -1)
-    base = np.full(len(refresh), -1)
-    refreshes = np.flatnonzero(refresh)
-    cells = np.flatnonzero(active & ~refresh)
-    if not len(cells):
-        return anchor, base, 0.0
-    position = (np.cumsum(refresh) - 1)[cells]
-    anchors = refreshes[position]
-    lag = cells - 1 - anchors
-    row = np.minimum(lag, lags - 1)
-    best = np.where(lag < lags, prices[cells, row, 0], np.inf)
-    bases = np.full(len(cells), -1)
-    for back in range(1, depth + 1):
-        candidate = refreshes[np.maximum(position - back, 0)]
-        span = anchors - candidate
-        usable = (position >= back) & (span <= spans) & (lag < lags)
-        price = np.where(usable, prices[cells, row, np.minimum(span, spans)], np.inf)
-        bases = np.where(price < best, candidate, bases)
-        best = np.minimum(price, best)
-    anchor[cells], base[cells] = anchors, bases
-    return anchor, base, float(best.sum())
-
-
-def build_solution(
-    problem: ScheduleProblem,
-    refreshes: Sequence[BoolArray],
-    depths: Sequence[int],
-    *,
-    solver: str,
-    lower_bound: float,
-    tolerance: float = 1e-9,
-    time_limit: bool = False,
-) -> ScheduleSolution:
-    """Resolve the cells of given refreshes and total their objective, cost and bytes.
-
-    `refreshes` has one (T,) mask a unit, `depths` the deepest base that each unit may use. The
-    status is `"optimal"` if the relative gap is within `tolerance`.
-    """
-    run = np.ones(problem.num_steps, dtype=bool)
-    for unit, refresh in zip(problem.units, refreshes, strict=True):
-        if unit.kind == "step":
-            run = refresh
-    schedules, objective, cost, held = [], 0.0, problem.fixed_ms, 0
-    for unit, prices, refresh, depth in zip(
-        problem.units, problem.prices, refreshes, depths, strict=True
-    ):
-        active = np.ones_like(run) if unit.kind == "step" else run
-        anchor, base, price = resolve_cells(prices, refresh & active, active, depth)
-        schedules.append(
-            UnitSchedule(name=unit.name, refresh=refresh & active, anchor=anchor, base=base)
-        )
-        objective += price
-        cost += unit.refresh_ms * int((refresh & active).sum())
-        held += reserved_bytes(unit, schedules[-1])
-    # Equal up to rounding counts as proven: both numbers are sums of the same prices.
-    proven = objective - lower_bound <= tolerance * abs(objective)
-    return ScheduleSolution(
-        units=tuple(schedules),
-        objective=float(objective),
-        cost_ms=float(cost),
-        cache_bytes=held,
-        status="optimal" if proven else "time_limit" if time_limit else "feasible",
-        lower_bound=float(min(lower_bound, objective)),
-        solver=solver,
-    )
-
-
-def reserved_bytes(unit: UnitCosts, schedule: UnitSchedule) -> int:
-    """The ring of residuals that a schedule of this unit needs, in bytes."""
-    if not schedule.cached.any():
-        return 0
-    count = np.cumsum(schedule.refresh)
-    predicted = np.flatnonzero(schedule.base >= 0)
-    depth: IntArray = count[schedule.anchor[predicted]] - count[schedule.base[predicted]]
-    return unit.residual_bytes * (1 + int(depth.max(initial=0))) + unit.extra_bytes
-
 
 class InfeasibleBudgetError(BudgetError):
     """No schedule fits a budget. `smallest_ms` is the smallest budget that one fits."""
@@ -390,22 +274,22 @@ class InfeasibleBudgetError(BudgetError):
         self.smallest_ms = smallest_ms
 
 
-def budget_error(problem: ScheduleProblem, smallest_ms: float) -> InfeasibleBudgetError:
-    """The error for a budget below what any schedule costs."""
+def budget_error(
+    problem: ScheduleProblem, smallest_ms: float, *, proven: bool = True
+) -> InfeasibleBudgetError:
+    """The error for a budget below `smallest_ms`, the least cost of any schedule (found)."""
     smallest_ms = float(smallest_ms)
-    limit = (
-        ""
-        if problem.max_cache_bytes is None
-        else (f" within max_cache_bytes={problem.max_cache_bytes}")
-    )
+    limit = problem.max_cache_bytes
+    within = "" if limit is None else f" within max_cache_bytes={limit}"
     if not np.isfinite(smallest_ms):
         return InfeasibleBudgetError(
-            f"no schedule at all is feasible{limit}: too many forced or impossible cells; raise "
+            f"no schedule at all is feasible{within}: too many forced or impossible cells; raise "
             "max_cache_bytes or max_gap",
             smallest_ms,
         )
+    smallest = "smallest feasible budget" if proven else "smallest budget found to be feasible"
     return InfeasibleBudgetError(
-        f"budget_ms={problem.budget_ms!r} cannot be met{limit}: the smallest feasible budget is "
+        f"budget_ms={problem.budget_ms!r} cannot be met{within}: the {smallest} is "
         f"{smallest_ms!r} ms; raise the budget to it, or allow longer gaps (more lags at "
         "calibration, a larger max_gap)",
         smallest_ms,

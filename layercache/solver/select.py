@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from layercache.solver.gains import GainFit, fit_gains
 from layercache.solver.pricing import STEP_NAME
-from layercache.solver.problem import ScheduleSolution
+from layercache.solver.solution import ScheduleSolution
 from layercache.stats import CalibrationStats
 
 WORST_RATIO = 2.0

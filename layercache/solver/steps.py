@@ -1,7 +1,7 @@
 """Step schedules worth trying: which steps to skip, when groups can be cached besides.
 
-Two sources, neither of which looks at the budget, so that every budget chooses from the same set
-and a larger one is never worse:
+Up to `ALL_STEPS` steps, all of them. Beyond, two sources, neither of which looks at the budget, so
+that every budget chooses from the same set and a larger one is never worse:
 
 1. The step unit's own front: for every number of run steps the schedule of least price. These are
    right where groups are refreshed at every run step.
@@ -14,6 +14,7 @@ and a larger one is never worse:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,10 @@ import numpy as np
 
 from layercache.solver.bound import Paths
 from layercache.solver.front import solve_fronts
-from layercache.solver.problem import BoolArray, FloatArray, ScheduleProblem, resolve_cells
+from layercache.solver.problem import BoolArray, Family, FloatArray, ScheduleProblem
+from layercache.solver.solution import resolve_cells
 
+ALL_STEPS = 8
 GRID = 16
 ROUNDS = 8
 _SPREAD = (0.02, 50.0)
@@ -39,22 +42,25 @@ class StepSchedule:
 
 
 def step_schedules(
-    problem: ScheduleProblem, groups: FloatArray | None, depths: Sequence[int]
+    problem: ScheduleProblem, family: Family, groups: FloatArray | None, depths: Sequence[int]
 ) -> tuple[StepSchedule, ...]:
-    """Schedules of the step unit, all steps run first; that one alone without a step unit.
+    """Schedules of a family's step unit, all steps run first; that one alone without a step unit.
 
     Args:
         problem: Any schedule problem.
-        groups: (G, T, L, J+1) tables of all groups, padded to one shape; None without groups.
+        family: One of the problem's families.
+        groups: (G, T, L, J+1) tables of its groups, padded to one shape; None without groups.
         depths: Depths of base to try.
     """
     everything = np.ones(problem.num_steps, dtype=bool)
     found = [StepSchedule(everything, 0, 0.0, 0)]
-    unit = problem.step_unit
-    if unit is None:
+    if family.step is None:
         return tuple(found)
-    prices = problem.price_of(unit)
-    guided = [] if groups is None else _guided(problem, groups)
+    unit, prices = problem.units[family.step], problem.prices[family.step]
+    if problem.num_steps <= ALL_STEPS:
+        shared = _all(problem.num_steps)
+    else:
+        shared = [] if groups is None else _guided(problem, family, groups)
     for depth in depths:
         size = unit.residual_bytes * (1 + depth) + unit.extra_bytes
         front = solve_fronts(prices[None], depth)
@@ -63,7 +69,7 @@ def step_schedules(
             if np.isfinite(front.values[0, count]):
                 mask = front.refreshes(0, count)
                 masks[mask.tobytes()] = mask
-        masks.update((mask.tobytes(), mask) for mask in guided if not mask.all())
+        masks.update((mask.tobytes(), mask) for mask in shared if not mask.all())
         for mask in masks.values():
             price = resolve_cells(prices, mask, everything, depth)[2]
             if np.isfinite(price):
@@ -71,13 +77,18 @@ def step_schedules(
     return tuple(found)
 
 
-def _guided(problem: ScheduleProblem, groups: FloatArray) -> list[BoolArray]:
+def _all(steps: int) -> list[BoolArray]:
+    """Every mask that runs step 0."""
+    later = itertools.product((True, False), repeat=steps - 1)
+    return [np.array((True, *mask)) for mask in later]
+
+
+def _guided(problem: ScheduleProblem, family: Family, groups: FloatArray) -> list[BoolArray]:
     """Schedules of the second source."""
-    unit = problem.step_unit
-    assert unit is not None
-    table = problem.price_of(unit)[None]
+    assert family.step is not None
+    unit, table = problem.units[family.step], problem.prices[family.step][None]
     finite = table[np.isfinite(table) & (table > 0)]
-    ms = np.array([group.refresh_ms for group in problem.groups])
+    ms = np.array([problem.units[group].refresh_ms for group in family.groups])
     full = float(ms.sum()) + unit.refresh_ms
     if not len(finite) or full <= 0:
         return []

@@ -47,8 +47,8 @@ def _rows(
     return rows
 
 
-def _combine(tables: list[list[Row]], cost: float, held: float) -> float:
-    """Least total price within cost and bytes."""
+def _combine(tables: list[list[Row]], cost: float, held: float) -> list[Row]:
+    """The least total price for every cost and number of bytes within the limits."""
     states = {(0.0, 0.0): 0.0}
     for table in tables:
         merged: dict[tuple[float, float], float] = {}
@@ -58,27 +58,34 @@ def _combine(tables: list[list[Row]], cost: float, held: float) -> float:
                 if key[0] <= cost + 1e-6 and key[1] <= held:
                     merged[key] = min(merged.get(key, np.inf), price + price2)
         states = merged
-    return min(states.values(), default=np.inf)
+    return [(c, b, price) for (c, b), price in states.items()]
+
+
+def _branch(problem: ScheduleProblem, step: UnitCosts, room: float, held: float) -> list[Row]:
+    """The same of a step unit and the groups that sit out its skipped steps."""
+    steps = list(range(problem.num_steps))
+    groups = [u for u in problem.groups if step.branch in ("", u.branch)]
+    rows = []
+    for size in range(len(steps)):
+        for chosen in itertools.combinations(steps[1:], size):
+            run = [0, *chosen]
+            if set(problem.forced) <= set(run):
+                own = _rows(problem, step, steps, only=set(run))
+                others = [_rows(problem, u, run) for u in groups]
+                rows += _combine([own, *others], room, held)
+    return rows
 
 
 def optimum(problem: ScheduleProblem) -> float:
     """Least objective over all schedules, infinite if none is feasible."""
-    steps = list(range(problem.num_steps))
     held = np.inf if problem.max_cache_bytes is None else float(problem.max_cache_bytes)
     room = problem.budget_ms - problem.fixed_ms
-    step_unit = problem.step_unit
-    if step_unit is None:
-        return _combine([_rows(problem, u, steps) for u in problem.units], room, held)
-    best = np.inf
-    for size in range(len(steps)):
-        for chosen in itertools.combinations(steps[1:], size):
-            run = [0, *chosen]
-            if not set(problem.forced) <= set(run):
-                continue
-            own = _rows(problem, step_unit, steps, only=set(run))
-            groups = [_rows(problem, u, run) for u in problem.groups]
-            best = min(best, _combine([own, *groups], room, held))
-    return best
+    whole = [u for u in problem.units if u.kind == "step"]
+    skipped = {u.branch for u in whole}
+    free = [u for u in problem.groups if "" not in skipped and u.branch not in skipped]
+    tables = [_rows(problem, u, list(range(problem.num_steps))) for u in free]
+    tables += [_branch(problem, u, room, held) for u in whole]
+    return min((price for _, _, price in _combine(tables, room, held)), default=np.inf)
 
 
 def front(problem: ScheduleProblem, unit: UnitCosts) -> dict[int, float]:

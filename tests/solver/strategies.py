@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ def unit(
     *,
     name: str = "g",
     kind: Any = "group",
+    branch: str = "",
     lags: int = 3,
     spans: int = 3,
     refresh_ms: float | None = None,
@@ -29,6 +31,7 @@ def unit(
     return UnitCosts(
         name=name,
         kind=kind,
+        branch=branch,
         refresh_ms=float(rng.integers(1, 5)) if refresh_ms is None else refresh_ms,
         residual_bytes=int(rng.integers(1, 4)),
         extra_bytes=int(rng.integers(0, 3)) if kind == "step" else 0,
@@ -50,16 +53,20 @@ def random_problem(
     holes: float = 0.0,
     lags: int = 3,
     spans: int = 3,
+    branches: tuple[str, ...] = ("",),
     **changes: Any,
 ) -> ScheduleProblem:
-    """A problem whose budget is a share of full compute."""
+    """A problem whose budget is a share of full compute; each branch has its own units."""
     rng = np.random.default_rng(seed)
-    units = [
-        unit(rng, steps, name=f"g{i}", lags=lags, spans=spans, holes=holes) for i in range(groups)
-    ]
-    if step_unit:
-        row = unit(rng, steps, name="step", kind="step", lags=lags, spans=spans, holes=holes)
-        units.insert(int(rng.integers(0, groups + 1)), row)
+    shape = {"lags": lags, "spans": spans, "holes": holes}
+    units: list[UnitCosts] = []
+    for branch in branches:
+        units += [
+            unit(rng, steps, name=f"{branch}g{i}", branch=branch, **shape) for i in range(groups)
+        ]
+        if step_unit:
+            row = unit(rng, steps, name=f"{branch}step", kind="step", branch=branch, **shape)
+            units.insert(int(rng.integers(0, len(units) + 1)), row)
     arguments: dict[str, Any] = {
         "sigmas": np.linspace(1, 0, steps + 1),
         "units": tuple(units),
@@ -72,19 +79,25 @@ def random_problem(
 
 @st.composite
 def problems(
-    draw: st.DrawFn, *, step_unit: bool | None = False, limited: bool | None = False
+    draw: st.DrawFn,
+    *,
+    step_unit: bool | None = False,
+    limited: bool | None = False,
+    branched: bool = True,
 ) -> ScheduleProblem:
     """Small problems, corner cases among them: one step, one unit, free units, impossible cells."""
     has_step = draw(st.booleans()) if step_unit is None else step_unit
     has_limit = draw(st.booleans()) if limited is None else limited
-    steps = draw(st.sampled_from([1, 2, 4, 5]))
+    branches = draw(st.sampled_from([("",), ("",), ("a", "b")])) if branched else ("",)
+    steps = draw(st.sampled_from([1, 2, 4, 5] if len(branches) == 1 else [1, 3, 4]))
     lags = draw(st.integers(1, 5))
-    groups = draw(st.integers(0 if has_step else 1, 2))
+    groups = draw(st.integers(0 if has_step else 1, 2 if len(branches) == 1 else 1))
     problem = random_problem(
         draw(st.integers(0, 10_000)),
         steps=steps,
         groups=groups,
         step_unit=has_step,
+        branches=branches,
         share=draw(st.sampled_from([0.3, 0.5, 0.7, 1.0])),
         lags=lags,
         spans=draw(st.integers(0, 4)),
@@ -95,26 +108,8 @@ def problems(
         max_cache_bytes=draw(st.integers(0, 12)) if has_limit else None,
     )
     if draw(st.integers(0, 4)) == 0 and problem.groups:
-        free = problem.units[0]
-        rest = problem.units[1:]
-        changed = UnitCosts(
-            name=free.name,
-            kind=free.kind,
-            refresh_ms=0.0,
-            residual_bytes=free.residual_bytes,
-            extra_bytes=free.extra_bytes,
-            errors=free.errors,
-        )
-        problem = ScheduleProblem(
-            sigmas=problem.sigmas,
-            units=(changed, *rest),
-            budget_ms=problem.budget_ms,
-            fixed_ms=problem.fixed_ms,
-            history=problem.history,
-            max_gap=problem.max_gap,
-            forced=problem.forced,
-            max_cache_bytes=problem.max_cache_bytes,
-        )
+        free = replace(problem.units[0], refresh_ms=0.0)
+        problem = replace(problem, units=(free, *problem.units[1:]))
     return problem
 
 

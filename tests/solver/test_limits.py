@@ -34,8 +34,14 @@ def test_the_smallest_feasible_budget_passes_and_just_below_raises(
         SOLVERS["dp"](problem.with_budget(below))
 
 
+def test_a_smallest_budget_that_is_not_proven_is_not_called_so() -> None:
+    problem = random_problem(0, steps=12, groups=2, step_unit=True)
+    with pytest.raises(InfeasibleBudgetError, match="the smallest budget found to be feasible is"):
+        SOLVERS["dp"](problem.with_budget(1.0))
+
+
 @settings(max_examples=20)
-@given(problems(step_unit=False, limited=None))
+@given(problems(step_unit=None, limited=None, branched=False))
 def test_dp_and_milp_agree_on_the_smallest_feasible_budget(problem: ScheduleProblem) -> None:
     numbers = []
     for name in ("dp", "milp"):

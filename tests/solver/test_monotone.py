@@ -51,7 +51,7 @@ def test_a_larger_memory_limit_is_never_worse(problem: ScheduleProblem, more: in
 
 
 @settings(max_examples=30)
-@given(problems(step_unit=True))
+@given(problems(step_unit=True, branched=False))
 def test_a_step_unit_is_never_worse_than_running_every_step(problem: ScheduleProblem) -> None:
     step = problem.step_unit
     assert step is not None
@@ -78,6 +78,24 @@ def test_a_unit_that_may_be_cached_is_never_worse_than_one_that_may_not(
         problem, units=rest, fixed_ms=problem.fixed_ms + problem.num_steps * last.refresh_ms
     )
     assert objective(problem) <= objective(always)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000), st.integers(0, 2))
+def test_cells_of_their_own_for_each_branch_are_never_worse(seed: int, history: int) -> None:
+    """Oracle: one schedule for both branches, whose prices, times and bytes are their sums."""
+    problem = random_problem(seed, steps=6, branches=("a", "b"), history=history)
+    shared = tuple(
+        replace(
+            one,
+            name=f"both{one.name}",
+            branch="",
+            errors=one.errors + other.errors,
+            refresh_ms=one.refresh_ms + other.refresh_ms,
+        )
+        for one, other in zip(problem.units[:2], problem.units[2:], strict=True)
+    )
+    assert objective(problem) <= objective(replace(problem, units=shared))
 
 
 def test_many_budgets_from_one_pass_equal_one_at_a_time() -> None:

@@ -44,22 +44,62 @@ def test_milp_is_brute_force(problem: ScheduleProblem) -> None:
 
 @settings(max_examples=60)
 @given(problems(step_unit=True, limited=None))
-def test_dp_brackets_brute_force_with_a_step_unit(problem: ScheduleProblem) -> None:
+def test_dp_is_brute_force_with_few_steps(problem: ScheduleProblem) -> None:
     solution = solved("dp", problem)
     best = oracle.optimum(problem)
+    if len(problem.families) == 1:
+        assert (np.inf if solution is None else solution.objective) == best
+    if solution is not None:
+        assert solution.lower_bound <= best * (1 + 1e-9)
+        assert solution.objective >= best
+
+
+@settings(max_examples=60)
+@given(problems(step_unit=True, limited=None))
+def test_dp_brackets_brute_force_where_it_is_heuristic(problem: ScheduleProblem) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        few_steps(patch)
+        solution = solved("dp", problem)
+    best = oracle.optimum(problem)
     if solution is None:
-        # dp tries few step schedules: it may miss a feasible one, never invent one.
+        # dp then tries few step schedules: it may miss a feasible one, never invent one.
         return
     assert solution.lower_bound <= best * (1 + 1e-9)
     assert solution.objective >= best
 
 
-def test_dp_with_a_step_unit_is_mostly_optimal() -> None:
+def few_steps(patch: pytest.MonkeyPatch) -> None:
+    """Let dp treat small problems as it does large ones."""
+    patch.setattr("layercache.solver.dp.ALL_STEPS", 0)
+    patch.setattr("layercache.solver.steps.ALL_STEPS", 0)
+    patch.setattr("layercache.solver.dp._ALL", 0)
+
+
+def test_dp_with_a_step_unit_is_mostly_optimal_where_it_is_heuristic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few_steps(monkeypatch)
     hits = 0
     for seed in range(16):
         problem = random_problem(seed, step_unit=True, history=seed % 3)
         hits += objective("dp", problem) == oracle.optimum(problem)
     assert hits >= 13
+
+
+@pytest.mark.parametrize("heuristic", [False, True])
+def test_dp_with_a_step_unit_for_each_branch_is_near(
+    heuristic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if heuristic:
+        few_steps(monkeypatch)
+    losses = []
+    for seed in range(16):
+        problem = random_problem(
+            seed, steps=4, groups=1, step_unit=True, branches=("a", "b"), history=seed % 3
+        )
+        losses.append(objective("dp", problem) / max(oracle.optimum(problem), 1e-9))
+    assert sum(loss == 1 for loss in losses) >= (10 if heuristic else 16)
+    assert max(losses) < 2
 
 
 @settings(max_examples=60)
@@ -96,14 +136,16 @@ def test_solutions_keep_to_every_limit(problem: ScheduleProblem) -> None:
             assert solution.cache_bytes <= problem.max_cache_bytes
         for row in solution.units:
             assert row.refresh[0]
-        run = np.ones(problem.num_steps, dtype=bool)
-        for row, unit in zip(solution.units, problem.units, strict=True):
-            if unit.kind == "step":
-                run = row.refresh
+        runs = {
+            unit.branch: row.refresh
+            for row, unit in zip(solution.units, problem.units, strict=True)
+            if unit.kind == "step"
+        }
         for row, unit in zip(solution.units, problem.units, strict=True):
             assert all(row.refresh[t] for t in problem.forced)
             if unit.kind == "group":
                 idle = ~row.refresh & (row.anchor < 0)
+                run = runs.get(unit.branch, np.ones(problem.num_steps, dtype=bool))
                 assert (idle == ~run).all()
 
 

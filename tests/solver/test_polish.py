@@ -10,7 +10,8 @@ from layercache.solver import gains as gains_module
 from layercache.solver.gains import AffineError, leave_one_out_score
 from layercache.solver.polish import RIDGE, StepPolish
 from layercache.solver.pricing import STEP_NAME
-from layercache.solver.problem import BoolArray, UnitSchedule
+from layercache.solver.problem import BoolArray
+from layercache.solver.solution import UnitSchedule
 from layercache.stats import CalibrationStats, Group
 
 STEPS = 12

@@ -67,12 +67,19 @@ def test_malformed_units_are_refused(changes: dict[str, Any], message: str) -> N
         ({"units": (costs(), costs())}, "unit names repeat: ['g', 'g']"),
         (
             {"units": (costs(kind="step"), costs(name="h", kind="step"))},
-            "a problem has at most one step unit",
+            "step units serve the branches ['', '']; there may be one for all branches (''), "
+            "or one for each",
         ),
+        (
+            {"units": (costs(kind="step", branch="cond"), costs(name="h"))},
+            "step units serve the branches ['cond'], and group 'h' all of them: give every group "
+            "the branch that it serves",
+        ),
+        ({"power": np.inf}, "power is inf; it must be finite and above 0"),
         ({"history": 4}, "history is 4; 0 to 3 refreshes can be kept"),
         ({"max_gap": -1}, "max_gap is -1; it must be at least 0"),
         ({"forced": frozenset({3})}, "forced is [3]; steps are 0 to 2"),
-        ({"power": 0.0}, "power is 0.0; it must be above 0"),
+        ({"power": 0.0}, "power is 0.0; it must be finite and above 0"),
         ({"max_cache_bytes": -1}, "max_cache_bytes is -1; it must be at least 0"),
     ],
 )
