@@ -8,7 +8,10 @@
 - `milp_over_dp`: seconds of milp over seconds of dp, at the same optimum, on the largest of a
   ladder of instances that milp proves within its time limit.
 - `greedy_gap_median`, `greedy_gap_worst`: (greedy - dp) / dp over 200 random instances and over 20
-  calibrated ones (synthetic trajectories, or `--stats FILE` for real ones), groups only.
+  calibrated ones, groups only: the reference model, calibrated on four prompts with eight groups
+  before the clock starts (about a minute), or the statistics of `--stats FILE`.
+- `joint_gap_median`, `joint_gap_worst`: (objective - lower bound) / objective of dp on the same
+  statistics with the step unit, at 20 budgets.
 - Growth: times over steps and over units, with fitted exponents.
 
 One thread; the tables' prices are computed before the clock starts, since every solver needs them.
@@ -34,14 +37,11 @@ from typing import Any
 
 import numpy as np
 
-# The synthetic statistics live with the tests, which are not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from layercache import CalibrationStats
 from layercache.solver import SOLVERS, ScheduleProblem, UnitCosts
 from layercache.solver import milp as milp_module
+from layercache.solver.dp import solve_many
 from layercache.solver.pricing import price_units
-from tests.solver.strategies import random_stats
 
 LAGS = 8
 MILP_LIMIT_S = 120.0
@@ -80,18 +80,51 @@ def instance(
     return problem
 
 
-def calibrated(stats: CalibrationStats, share: float, history: int = 1) -> ScheduleProblem:
-    """The groups-only problem of some statistics."""
-    priced = price_units(stats, ("groups",), "unit")
-    full = stats.num_steps * float(stats.group_ms.sum())
+def reference_stats() -> CalibrationStats:
+    """Four calibration prompts of the reference model, eight groups."""
+    from layercache.calibration import calibrate
+    from layercache.reference import call_arguments, load_pipeline, prompts
+
+    arguments = call_arguments()
+    del arguments["generator"]
+    return calibrate(
+        load_pipeline(),
+        prompts("calibration", 4),
+        groups=8,
+        lags=LAGS,
+        batch_size=4,
+        sketch_size=256,
+        call_kwargs=arguments,
+    )
+
+
+def calibrated(
+    stats: CalibrationStats, share: float, units: tuple[str, ...] = ("groups",)
+) -> ScheduleProblem:
+    """The problem of some statistics at a share of the compute, as published: history 1, gain 1."""
+    priced = price_units(stats, units, "unit")
+    full = stats.num_steps * (float(stats.group_ms.sum()) + stats.rest_ms)
     problem = ScheduleProblem(
         sigmas=stats.sigmas,
         units=tuple(unit.costs for unit in priced),
         budget_ms=share * full,
-        history=history,
+        fixed_ms=0.0 if "step" in units else stats.num_steps * stats.rest_ms,
+        history=1,
     )
     _ = problem.prices
     return problem
+
+
+def shares(count: int = 20) -> list[float]:
+    """Budgets from 0.35 to 0.9 of the compute."""
+    return [float(share) for share in np.linspace(0.35, 0.9, count)]
+
+
+def joint_gaps(stats: CalibrationStats) -> list[float]:
+    """Certified gaps of dp with the step unit, one pass over the fronts for all budgets."""
+    problem = calibrated(stats, 1.0, ("step", "groups"))
+    budgets = [share * problem.budget_ms for share in shares()]
+    return [solution.gap for solution in solve_many(problem, budgets)]
 
 
 def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
@@ -141,16 +174,14 @@ def against_milp(limit_s: float) -> dict[str, Any]:
     return best
 
 
-def greedy_gaps(stats: list[CalibrationStats], random_count: int) -> dict[str, list[float]]:
+def greedy_gaps(stats: CalibrationStats, random_count: int) -> dict[str, list[float]]:
     """Relative loss of greedy against dp; instances that greedy cannot finish are left out."""
     rng = np.random.default_rng(7)
     problems: dict[str, list[ScheduleProblem]] = {"random": [], "calibrated": []}
     for seed in range(random_count):
         steps, units = int(rng.integers(10, 41)), int(rng.integers(1, 13))
         problems["random"].append(instance(steps, units, seed, float(rng.uniform(0.35, 0.9))))
-    for index in range(20):
-        share = 0.35 + 0.55 * index / 19
-        problems["calibrated"].append(calibrated(stats[index % len(stats)], share))
+    problems["calibrated"] = [calibrated(stats, share) for share in shares()]
     gaps: dict[str, list[float]] = {}
     for kind, rows in problems.items():
         gaps[kind] = []
@@ -181,7 +212,7 @@ def growth(quick: bool) -> dict[str, Any]:
     return result
 
 
-def measure(quick: bool, stats: list[CalibrationStats]) -> dict[str, Any]:
+def measure(quick: bool, stats: CalibrationStats) -> dict[str, Any]:
     """All figures."""
     small, large = instance(50, 60), instance(100, 120)
     figures: dict[str, Any] = {
@@ -204,6 +235,9 @@ def measure(quick: bool, stats: list[CalibrationStats]) -> dict[str, Any]:
             "median": statistics.median(values),
             "worst": max(values),
         }
+    joint = joint_gaps(stats)
+    figures["joint_gap_median"] = statistics.median(joint)
+    figures["joint_gap_worst"] = max(joint)
     figures["growth"] = growth(quick)
     return figures
 
@@ -228,6 +262,10 @@ def report(figures: dict[str, Any]) -> str:
             f"  greedy over dp, {kind:<10} ({gap['instances']:>3})     median "
             f"{100 * gap['median']:.1f} %, worst {100 * gap['worst']:.1f} %"
         )
+    lines.append(
+        f"  dp with the step unit, calibrated: certified gap, median "
+        f"{100 * figures['joint_gap_median']:.1f} %, worst {100 * figures['joint_gap_worst']:.1f} %"
+    )
     for name in ("greedy", "dp"):
         for axis in ("steps", "units"):
             times = "  ".join(
@@ -246,10 +284,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller runs, for a smoke test")
     parser.add_argument("--stats", type=Path, help="a statistics file for the calibrated instances")
     arguments = parser.parse_args()
-    if arguments.stats is not None:
-        stats = [CalibrationStats.load(arguments.stats)]
-    else:
-        stats = [random_stats(seed, steps=50, groups=4, lags=8, size=64) for seed in range(4)]
+    stats = CalibrationStats.load(arguments.stats) if arguments.stats else reference_stats()
     figures = measure(arguments.quick, stats)
     print(json.dumps(figures) if arguments.json else report(figures))
 
