@@ -147,7 +147,11 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
     problem = _problem(stats, options)
     programme = DynamicProgramme(problem) if options.solver == "dp" else None
     skips = "step" in options.units and options.history > 0
-    polish = StepPolish(stats) if skips and options.gains == "trajectory" else None
+    polish = (
+        StepPolish(stats, forced=problem.forced, max_gap=problem.max_gap)
+        if skips and options.gains == "trajectory"
+        else None
+    )
     plans = []
     for budget in budgets:
         limit = _budget_ms(stats, budget)
@@ -180,7 +184,7 @@ def _polished(
         return []
     start = max(whole, key=lambda candidate: candidate.cost_ms)
     step = next(unit for unit in start.units if unit.name == STEP_NAME)
-    run = polish.climb(step.refresh, problem.forced)
+    run = polish.search(step.refresh)
     found = build_solution(
         problem,
         [run] * len(problem.units),

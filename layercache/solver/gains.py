@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +77,7 @@ class GainFit:
     @property
     def score(self) -> float:
         """Mean log10 of `loo_error`; lower is better. Minus infinity for an exact plan."""
-        return _score(self.loo_error)
+        return mean_log10(self.loo_error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,33 +96,47 @@ class AffineError:
     place: tuple[tuple[int, int], ...]
     correction: BoolArray
 
-    def error(self, prompt: int, gains: FloatArray) -> float:
-        """||E_p||^2."""
-        value = self.constant[prompt] + gains @ (
-            2 * self.linear[prompt] + self.gram[prompt] @ gains
-        )
-        return max(float(value), 0.0)
-
     def errors(self, gains: FloatArray) -> FloatArray:
-        """(P,) of `error`."""
-        return np.array([self.error(p, gains) for p in range(len(self.constant))])
+        """(P,) ||E_p||^2 under gains (n,), or (P, n) of each prompt's own."""
+        gains = np.broadcast_to(gains, self.linear.shape)
+        pull = 2 * self.linear + (self.gram @ gains[..., None])[..., 0]
+        result: FloatArray = np.maximum(self.constant + (gains * pull).sum(axis=1), 0.0)
+        return result
 
-    def own_optima(self, prompts: list[int]) -> FloatArray:
-        """Each variable's own least-squares optimum over some prompts; 0 for corrections."""
-        own = cell_gains(self.inner[prompts].sum(axis=0), self.norm[prompts].sum(axis=0))
-        return np.where(self.correction, 0.0, own)
+    def fit(self, ridge: float | None) -> FloatArray:
+        """(n,) gains fitted on all prompts; with a ridge of None, each cell's own optimum."""
+        result: FloatArray = self._fit(ridge, [part.sum(axis=0)[None] for part in self._parts])[0]
+        return result
 
-    def ridge_fit(self, prompts: list[int], ridge: float) -> FloatArray:
-        """Trajectory gains fitted on some prompts."""
-        start = self.own_optima(prompts)
-        gram = self.gram[prompts].sum(axis=0)
-        residual = self.linear[prompts].sum(axis=0) + gram @ start
-        weight = np.diagonal(gram).copy()
+    def leave_one_out(self, ridge: float | None) -> FloatArray:
+        """(P,) squared error of each prompt under gains fitted on all others.
+
+        A single prompt is fitted on itself.
+        """
+        if len(self.constant) < 2:
+            return self.errors(self.fit(ridge))
+        # Sums over the others, added up instead of subtracted, so that nothing cancels.
+        others = 1.0 - np.eye(len(self.constant))
+        sums = [np.tensordot(others, part, axes=1) for part in self._parts]
+        return self.errors(self._fit(ridge, sums))
+
+    @property
+    def _parts(self) -> tuple[FloatArray, ...]:
+        return self.linear, self.gram, self.inner, self.norm
+
+    def _fit(self, ridge: float | None, sums: Sequence[FloatArray]) -> FloatArray:
+        """(K, n) gains of K fits, from sums of `_parts` over the prompts of each."""
+        linear, gram, inner, norm = sums
+        start: FloatArray = np.where(self.correction, 0.0, cell_gains(inner, norm))
+        if ridge is None:
+            return start
+        weight = np.diagonal(gram, axis1=1, axis2=2)
         # A direction that no prompt excites keeps its start; the floor makes the system regular.
-        weight = np.maximum(weight, 1e-12 * max(float(weight.max(initial=0.0)), 1e-300))
-        scale = 1.0 / np.sqrt(weight)
-        matrix = gram * scale[:, None] * scale + ridge * np.eye(len(scale))
-        result: FloatArray = start - scale * np.linalg.solve(matrix, scale * residual)
+        floor = 1e-12 * np.maximum(weight.max(axis=1, initial=0.0, keepdims=True), 1e-300)
+        scale = 1.0 / np.sqrt(np.maximum(weight, floor))
+        matrix = gram * scale[:, :, None] * scale[:, None, :] + ridge * np.eye(scale.shape[1])
+        pull = scale * (linear + (gram @ start[..., None])[..., 0])
+        result: FloatArray = start - scale * np.linalg.solve(matrix, pull[..., None])[..., 0]
         return result
 
 
@@ -153,34 +167,28 @@ def fit_gains(
         raise LayerCacheError(f"gains is {mode!r}; use 'none', 'unit', 'cell' or 'trajectory'")
     with_corrections = corrections and mode == "trajectory"
     system = _assemble(stats, schedules, with_corrections)
-    everyone = list(range(stats.num_prompts))
     zeros: FloatArray = np.zeros(len(system.place))
     if mode in ("none", "unit") or not system.place:
         gains: FloatArray = np.ones_like(zeros) if mode == "unit" else zeros
         return _finish(stats, schedules, system, gains, mode, None, None, "gains are fixed")
-    cell_loo = _leave_one_out(system, system.own_optima)
+    cell_loo = system.leave_one_out(None)
+    own = functools.partial(_finish, stats, schedules, system, system.fit(None), "cell", None)
     if mode == "cell":
-        gains = system.own_optima(everyone)
-        return _finish(stats, schedules, system, gains, mode, None, cell_loo, "each cell's own")
-    if len(everyone) < 2:
+        return own(cell_loo, "each cell's own")
+    if stats.num_prompts < 2:
         note = "per-cell gains: trajectory gains need two prompts or more to be checked"
-        gains = system.own_optima(everyone)
-        return _finish(stats, schedules, system, gains, "cell", None, cell_loo, note)
-    trials = [
-        (ridge, _leave_one_out(system, functools.partial(system.ridge_fit, ridge=ridge)))
-        for ridge in RIDGES
-    ]
-    ridge, loo = min(trials, key=lambda trial: _score(trial[1]))
-    gain_db = 10 * (_score(cell_loo) - _score(loo))
-    if not _score(loo) < _score(cell_loo):
+        return own(cell_loo, note)
+    trials = [(ridge, system.leave_one_out(ridge)) for ridge in RIDGES]
+    ridge, loo = min(trials, key=lambda trial: mean_log10(trial[1]))
+    gain_db = 10 * (mean_log10(cell_loo) - mean_log10(loo))
+    if not gain_db > 0:
         note = (
             "per-cell gains: trajectory gains were predicted to lose "
             f"{-gain_db:.2f} dB on prompts left out"
         )
-        gains = system.own_optima(everyone)
-        return _finish(stats, schedules, system, gains, "cell", None, cell_loo, note)
+        return own(cell_loo, note)
     note = f"trajectory gains, ridge {ridge:g}: {gain_db:.2f} dB over per-cell on prompts left out"
-    gains = system.ridge_fit(everyone, ridge)
+    gains = system.fit(ridge)
     return _finish(stats, schedules, system, gains, "trajectory", ridge, loo, note)
 
 
@@ -202,22 +210,10 @@ def predicted_psnr(stats: CalibrationStats, error: FloatArray) -> FloatArray:
     return result
 
 
-def leave_one_out_score(system: AffineError, ridge: float) -> float:
-    """Mean log10 of the squared error of prompts left out of a fit with this ridge."""
-    return _score(_leave_one_out(system, functools.partial(system.ridge_fit, ridge=ridge)))
-
-
-def _score(error: FloatArray) -> float:
+def mean_log10(error: FloatArray) -> float:
+    """Mean log10 of squared errors: up to constants, the mean PSNR."""
     with np.errstate(divide="ignore"):
         return float(np.log10(error).mean())
-
-
-def _leave_one_out(system: AffineError, fit: Callable[[list[int]], FloatArray]) -> FloatArray:
-    """(P,) squared error of each prompt under gains fitted on all others."""
-    prompts = list(range(len(system.constant)))
-    if len(prompts) < 2:
-        return system.errors(fit(prompts))
-    return np.array([system.error(p, fit([q for q in prompts if q != p])) for p in prompts])
 
 
 def _finish(

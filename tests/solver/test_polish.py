@@ -1,13 +1,15 @@
-"""Hill climbing over step schedules. Oracle: `fit_gains`, which assembles errors from sketches."""
+"""Annealing over step schedules. Oracle: `fit_gains`, which assembles errors from sketches."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
 
 from layercache.compile import compile_plan
 from layercache.solver import gains as gains_module
-from layercache.solver.gains import AffineError, leave_one_out_score
+from layercache.solver.gains import AffineError, mean_log10
 from layercache.solver.polish import RIDGE, StepPolish
 from layercache.solver.pricing import STEP_NAME
 from layercache.solver.problem import BoolArray
@@ -60,39 +62,58 @@ def test_the_score_is_that_of_the_gains(seed: int) -> None:
     run = np.random.default_rng(seed).random(STEPS) < 0.6
     run[0], run[1], run[5] = True, True, False
     system: AffineError = gains_module._assemble(stats, [schedule_of(run)], True)
-    expected = leave_one_out_score(system, RIDGE)
+    expected = mean_log10(system.leave_one_out(RIDGE))
     assert StepPolish(stats).score(run) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_climbing_keeps_the_number_of_steps_and_never_gets_worse(seed: int) -> None:
+def test_the_search_keeps_the_number_of_steps_and_is_never_worse_than_climbing(seed: int) -> None:
     polish = StepPolish(smooth_stats(seed))
     run = np.zeros(STEPS, dtype=bool)
     run[:6] = True
-    found = polish.climb(run)
-    assert found[0] and found.sum() == run.sum()
-    assert polish.score(found) < polish.score(run)
+    climbed, found = polish.climb(run), polish.search(run)
+    assert found[0] and found.sum() == climbed.sum() == run.sum()
+    assert polish.score(found) <= polish.score(climbed) < polish.score(run)
+    assert (StepPolish(smooth_stats(seed)).search(run) == found).all()
 
 
-def test_forced_steps_stay() -> None:
+def test_the_search_finds_the_best_of_all_schedules() -> None:
+    """Oracle: every schedule of six of twelve steps."""
+    polish = StepPolish(smooth_stats(2))
     run = np.zeros(STEPS, dtype=bool)
     run[:6] = True
-    assert StepPolish(smooth_stats()).climb(run, frozenset({4, 5}))[[4, 5]].all()
+    scores = []
+    for chosen in itertools.combinations(range(1, STEPS), 5):
+        mask = np.zeros(STEPS, dtype=bool)
+        mask[[0, *chosen]] = True
+        scores.append(polish.score(mask))
+    found = polish.score(polish.search(run))
+    assert found <= np.quantile(scores, 0.01)
+    assert found >= min(scores)
+
+
+def test_forced_steps_and_gaps_stay() -> None:
+    run = np.zeros(STEPS, dtype=bool)
+    run[:6] = True
+    polish = StepPolish(smooth_stats(), forced=frozenset({4, 5}), max_gap=6)
+    found = polish.search(run)
+    assert found[[4, 5]].all()
+    assert np.diff(np.append(np.flatnonzero(found), STEPS)).max() <= 7
 
 
 def test_everything_computed_is_left_alone() -> None:
-    assert StepPolish(smooth_stats()).climb(np.ones(STEPS, dtype=bool)).all()
+    assert StepPolish(smooth_stats()).search(np.ones(STEPS, dtype=bool)).all()
 
 
 def test_compilation_considers_the_polished_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[BoolArray] = []
-    climb = StepPolish.climb
+    search = StepPolish.search
 
-    def spy(self: StepPolish, run: BoolArray, forced: frozenset[int]) -> BoolArray:
-        seen.append(climb(self, run, forced))
+    def spy(self: StepPolish, run: BoolArray) -> BoolArray:
+        seen.append(search(self, run))
         return seen[-1]
 
-    monkeypatch.setattr(StepPolish, "climb", spy)
+    monkeypatch.setattr(StepPolish, "search", spy)
     plan = compile_plan(smooth_stats(1), 0.5, units=("step",))
     assert plan.predicted.compute_share <= 0.5
     assert len(seen) == 1 and seen[0].sum() == sum(plan.run_steps)
