@@ -1,0 +1,105 @@
+"""Where a run stands: which step and which branch a transformer call belongs to.
+
+Nothing is asked of the pipeline. A run begins when the scheduler has new sigmas, the step is the
+scheduler's own index, a branch is the name of the `cache_context` that the call is made in and the
+ordinal of the call under that name within one step. A run is over when the scheduler reached its
+end, when the pipeline's loop was left (by an exception, an interruption), or when the transformer
+raised; calls that follow belong to somebody else until the scheduler gets new sigmas.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from layercache.models.stepping import step_index
+from layercache.runtime.groups import Branch
+
+
+class Position:
+    """Reads the scheduler. `advance` is called once per transformer call."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.context: str | None = None
+        self.step = -1
+        self.offset = 0
+        self._scheduler = scheduler
+        self._sigmas: Any = None
+        self._initial = scheduler.sigmas
+        self._over = False
+        self._steps_done = 0
+        self._ordinals: Counter[str | None] = Counter()
+
+    def advance(self) -> tuple[bool, int] | None:
+        """Whether a run begins with this call, and the scheduler's step; None outside of runs."""
+        scheduler = self._scheduler
+        sigmas = scheduler.sigmas
+        begins = sigmas is not self._sigmas
+        if (
+            begins
+            and sigmas is self._initial
+            and getattr(scheduler, "num_inference_steps", None) is None
+        ):
+            # The training schedule, which a scheduler has from the start.
+            return None
+        index = self._index(begins)
+        # Some schedulers keep their sigmas from one run to the next.
+        begins = begins or index + self.offset < self.step
+        if index >= len(sigmas) - 1 or (self._over and not begins):
+            return None
+        return begins, index
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._sigmas = self._scheduler.sigmas
+        self.step, self._steps_done, self._over = -1, 0, False
+        self._ordinals.clear()
+
+    def enter(self, step: int) -> None:
+        """A step begins."""
+        self.step = step
+        self._ordinals.clear()
+
+    def branch(self) -> Branch:
+        """The branch of the call under way, counted."""
+        ordinal = self._ordinals[self.context]
+        self._ordinals[self.context] += 1
+        return (self.context, ordinal)
+
+    def stepped(self) -> None:
+        """The scheduler makes its step."""
+        self._steps_done += 1
+        self._ordinals.clear()
+
+    def end(self) -> None:
+        """The run is over, whatever the scheduler says."""
+        self._over = True
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the scheduler is in the run that was begun last."""
+        return self._scheduler.sigmas is self._sigmas and not self._over
+
+    def _index(self, begins: bool) -> int:
+        if hasattr(self._scheduler, "_step_index"):
+            return step_index(self._scheduler)
+        return 0 if begins else self._steps_done
+
+
+def compare_sigmas(
+    mine: tuple[float, ...], given: tuple[float, ...], tolerance: float
+) -> tuple[int, str | None]:
+    """How a run's noise levels (T+1) fit a plan's.
+
+    Returns:
+        The plan's step at which the run starts, since an image-to-image pipeline may hand over only
+        the last part of the schedule; and what differs, in words, or None.
+    """
+    offset = max(len(mine) - len(given), 0)
+    tail = mine[offset:]
+    worst = max((abs(a - b) for a, b in zip(tail, given, strict=False)), default=float("inf"))
+    if len(tail) == len(given) > 1 and worst <= tolerance:
+        return offset, None
+    if len(given) != len(mine):
+        return offset, f"it has {len(given) - 1} steps and the plan {len(mine) - 1}"
+    return offset, f"its sigmas differ from the plan's by up to {worst:.4g}"
