@@ -52,7 +52,7 @@ class Record:
         step_runner: StepRunner | None,
         timed: bool = True,
     ) -> RunReport:
-        """Next to what the plan said. Reading times waits for the device; `timed=False` omits them."""
+        """Next to what the plan said. Times wait for the device; `timed=False` leaves them out."""
         sizes = {group.name: group.bytes_per_refresh for group in groups}
         peaks = {group.name: group.peak_bytes for group in groups}
         outputs = {} if step_runner is None else step_runner.bytes_per_output
