@@ -8,6 +8,7 @@ are declared in the right order.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,8 @@ class Trace:
         self._at = (-1, -1)
         self._called: set[str] = set()
         self._last: dict[str, Tensor] = {}
+        # Weak, so that watching does not keep the outputs of all blocks in memory.
+        self._returned: dict[int, weakref.ref[Tensor]] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -69,11 +72,14 @@ class Trace:
             streams = read_streams(block_list, block, args, kwargs)
             self._check_order(order, block_list, position)
             self._check_names(block_list, streams)
+            self._check_connections(block_list, position, streams, (*args, *kwargs.values()))
             output = inner(*args, **kwargs)
             outputs = read_outputs(block_list, output)
             if not splits_sequence(block, block_list.streams):
                 check_shapes(block, streams, outputs)
             self._last = outputs
+            for tensor in outputs.values():
+                self._returned[id(tensor)] = weakref.ref(tensor)
             return output
 
         return handle
@@ -89,6 +95,23 @@ class Trace:
             self._last = {}
         self._at = (order, position)
         self._called.add(block_list.name)
+
+    def _check_connections(
+        self,
+        block_list: BlockList,
+        position: int,
+        streams: dict[str, Tensor],
+        values: Sequence[Any],
+    ) -> None:
+        taken = {id(tensor) for tensor in streams.values()}
+        for value in values:
+            returned = self._returned.get(id(value))
+            if returned is not None and returned() is value and id(value) not in taken:
+                raise UnsupportedModelError(
+                    f"block {position} of {block_list.name!r} is given what an earlier block "
+                    "returned, besides its streams: a skip of that block would take it away, so "
+                    "that such a model is not supported"
+                )
 
     def _check_names(self, block_list: BlockList, streams: dict[str, Tensor]) -> None:
         for name, tensor in streams.items():
