@@ -214,7 +214,7 @@ class Skipping(Model):
 def test_a_connection_across_blocks_is_found() -> None:
     streams = {"streams": ("image", "text"), "outputs": ("text", "image")}
     register_adapter(Adapter("Skipping", (BlockList("blocks", **streams),)))
-    with pytest.raises(UnsupportedModelError, match="block 3 .* what an earlier block returned"):
+    with pytest.raises(UnsupportedModelError, match=r"block 3 .* what an earlier block returned"):
         check_adapter(Skipping(), **inputs())
 
 
