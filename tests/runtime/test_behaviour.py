@@ -208,5 +208,6 @@ def test_inference_mode_works() -> None:
     with apply_plan(pipe, make_plan(pipe, STEPS, MIXED)) as run:
         expected = pipe(STEPS)
         with torch.inference_mode():
-            assert torch.allclose(LoopPipeline.__call__.__wrapped__(pipe, STEPS), expected)
+            result = LoopPipeline.__call__.__wrapped__(pipe, STEPS)
+            assert torch.allclose(result, expected, atol=1e-5)
         assert run.report().warnings == ()
