@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from layercache.errors import ModelMismatchError, UnsupportedModelError
+from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
 from layercache.models.adapters import Adapter, blocks_of, unwrap
 from layercache.models.patching import Function, wrap_method
 from layercache.models.stepping import sigmas_of, tap_step
@@ -99,6 +99,7 @@ class PlanRun:
             self._undo.append(tap_step(self._scheduler, self._guided))
             module = unwrap(self._transformer)
             self._wrap(module, "cache_context", self._listening)
+            self._wrap(module, "enable_cache", self._refusing)
             self._wrap(self._pipe, "progress_bar", self._loops.opened)
             for name in MODEL_CHANGES:
                 self._wrap(module, name, self._flushing)
@@ -114,6 +115,7 @@ class PlanRun:
             self._undo.pop()()
         self._end()
         self._signatures.clear()
+        self._trace = None
 
     @property
     def active(self) -> bool:
@@ -148,6 +150,12 @@ class PlanRun:
     def _flushing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
         self._flush()
         return inner(*args, **kwargs)
+
+    def _refusing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        raise LayerCacheError(
+            f"a plan is on this {type(self._transformer).__name__}, so that another cache would "
+            "store what was predicted: remove the plan first"
+        )
 
     # -- the root of the transformer -----------------------------------------------------------
 

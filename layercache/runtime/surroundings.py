@@ -54,6 +54,9 @@ class Loop:
         finally:
             self._on_end(self)
 
+    def __len__(self) -> int:
+        return len(self._bar)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bar, name)
 

@@ -15,18 +15,18 @@ class Clock:
     """Takes marks on the device that the forward under way runs on; never waits for it."""
 
     def __init__(self) -> None:
-        self._cuda = False
+        self._device: torch.device | None = None
 
     def follow(self, device: torch.device | None) -> None:
         """Take the marks that follow on this device."""
-        self._cuda = device is not None and device.type == "cuda"
+        self._device = device if device is not None and device.type == "cuda" else None
 
     def mark(self) -> Mark:
         """This moment, in the order of the work given to the device."""
-        if not self._cuda:
+        if self._device is None:
             return time.perf_counter()
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 

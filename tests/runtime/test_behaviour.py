@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig
 
 from layercache.errors import (
     LayerCacheError,
@@ -45,6 +46,19 @@ def test_a_second_plan_on_one_transformer_is_refused() -> None:
     with apply_plan(pipe, plan) as run:
         assert run.active
     assert not run.active
+
+
+def test_another_cache_and_a_plan_exclude_each_other() -> None:
+    pipe = pipeline()
+    plan = make_plan(pipe, STEPS, MIXED)
+    config = FirstBlockCacheConfig(threshold=0.1)
+    with apply_plan(pipe, plan), pytest.raises(LayerCacheError, match="remove the plan first"):
+        pipe.transformer.enable_cache(config)
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(LayerCacheError, match=r"call transformer.disable_cache\(\) first"):
+        apply_plan(pipe, plan)
+    pipe.transformer.disable_cache()
+    apply_plan(pipe, plan).remove()
 
 
 def test_a_plan_for_another_model_is_refused() -> None:

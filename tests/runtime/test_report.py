@@ -115,7 +115,8 @@ class FakeEvent:
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
 
-    def record(self) -> None:
+    def record(self, stream: str) -> None:
+        assert stream == "stream"
         FakeEvent.now += 1
         self.at = FakeEvent.now
 
@@ -130,6 +131,7 @@ def test_device_times_are_waited_for_only_when_they_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     clock, watch = Clock(), Stopwatch()
     clock.follow(torch.device("cuda", 0))
     for _ in range(3):
@@ -148,7 +150,9 @@ def test_device_times_are_waited_for_only_when_they_are_read(
 def test_no_run_reads_device_times_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warning at the end of a run that differed is made without waiting for the device."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(Clock, "follow", lambda self, device: setattr(self, "_cuda", True))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(Clock, "follow", lambda self, device: setattr(self, "_device", cuda))
     FakeEvent.waits = 0
     pipe = pipeline()
     with apply_plan(pipe, make_plan(pipe, STEPS, [step("###000")])) as run:
