@@ -136,6 +136,56 @@ def test_a_run_that_starts_late_computes_what_it_cannot_predict() -> None:
     assert torch.equal(result, pipe(STEPS, start=3))
 
 
+class Varying(LoopPipeline):
+    """From step 3 on its inputs are changed."""
+
+    change: Any = None
+
+    def arguments(self, sigma: float, latent: Any, branch: str) -> dict[str, Any]:
+        arguments = super().arguments(sigma, latent, branch)
+        if (self.scheduler._step_index or 0) >= 3:
+            arguments = self.change(arguments)
+        return arguments
+
+
+def _shorter_text(arguments: dict[str, Any]) -> dict[str, Any]:
+    names = ("encoder_hidden_states", "encoder_hidden_states_mask")
+    return arguments | {name: arguments[name][:, :3] for name in names}
+
+
+def _double_precision(arguments: dict[str, Any]) -> dict[str, Any]:
+    return arguments | {"timestep": arguments["timestep"].double()}
+
+
+@pytest.mark.parametrize("change", [_shorter_text, _double_precision])
+@pytest.mark.parametrize("unit", [step("##0000"), group(LIST, 0, 4, "##0000")])
+def test_a_change_of_shape_or_dtype_within_a_run_drops_what_is_stored(
+    change: Any, unit: Any
+) -> None:
+    pipe = Varying(*build("QwenImageTransformer2DModel"))
+    pipe.change = change
+    with apply_plan(pipe, make_plan(pipe, STEPS, [unit])) as run:
+        with pytest.warns(UserWarning, match="differed from its plan"):
+            assert pipe(STEPS).isfinite().all()
+        seen = run.report().units[0]
+        assert seen.seen_predicted["cond"] == 1
+        assert any("changed shape, dtype or device" in w for w in run.report().warnings)
+
+
+def test_a_scheduler_that_finds_its_own_start_is_caught_up_with() -> None:
+    """Some image-to-image pipelines do not tell the scheduler where they begin."""
+    pipe = pipeline()
+    plan = make_plan(pipe, STEPS, [group(LIST, 0, 4, "##00#0")])
+    pipe.scheduler.set_begin_index = lambda index: None
+    with apply_plan(pipe, plan) as run, pytest.warns(UserWarning, match="differed"):
+        # The first call is taken for step 0 and is step 2 in truth.
+        result = pipe(STEPS, start=2)
+    assert "the run jumped from step 0 to step 3" in run.report().warnings
+    # Nothing of the first call is used; step 5 is predicted from step 4.
+    assert run.report().units[0].seen_predicted == {"cond": 1, "uncond": 1}
+    assert result.isfinite().all()
+
+
 # -- branches --------------------------------------------------------------------------------------
 
 

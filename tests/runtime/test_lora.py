@@ -14,6 +14,7 @@ from layercache.models import model_fingerprint
 from layercache.runtime import apply_plan
 from tests.runtime.harness import LoopPipeline, make_plan, step, traces
 from tests.runtime.mixed import MIXED, STEPS, pipeline
+from tests.runtime.pipelines import build, plan_for
 
 TARGETS = ["to_q", "to_k", "to_v"]
 
@@ -124,3 +125,24 @@ def test_a_plan_serves_the_model_with_adapters_and_says_so() -> None:
     assert model_fingerprint(pipe.transformer) == plan.model.model_dump()
     with pytest.warns(UserWarning, match="lora is"):
         apply_plan(pipe, plan).remove()
+
+
+def test_a_change_of_the_ip_adapter_scale_drops_what_is_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe, call = build("FluxPipeline")
+    # No image encoder is loaded here, so there is nothing to rescale.
+    monkeypatch.setattr(type(pipe), "set_ip_adapter_scale", lambda self, scale: None)
+    plan = plan_for(pipe, call, [step("##000")])
+
+    def rescale(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if index == 2:
+            assert run._held_bytes() > 0
+            pipe.set_ip_adapter_scale(0.5)
+            assert run._held_bytes() == 0
+        return kwargs
+
+    with apply_plan(pipe, plan) as run, pytest.warns(UserWarning, match="differed"):
+        call(callback_on_step_end=rescale)
+    assert run.report().units[0].seen_predicted == {"cond": 1, "uncond": 1}
+    assert "set_ip_adapter_scale" not in vars(pipe)
