@@ -12,20 +12,26 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from layercache.models.stepping import step_index
+from layercache.models.stepping import sigmas_of, step_index
 from layercache.runtime.groups import Branch
+
+SIGMA_TOLERANCE = 1e-4
 
 
 class Position:
     """Reads the scheduler. `advance` is called once per transformer call."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, plan_sigmas: tuple[float, ...]) -> None:
         self.context: str | None = None
         self.step = -1
         self.offset = 0
         self._scheduler = scheduler
         self._sigmas: Any = None
-        self._initial = scheduler.sigmas
+        # The training schedule, which a scheduler of diffusers has from the start, is no run.
+        self._training: Any = None
+        unset = getattr(scheduler, "num_inference_steps", None) is None
+        if unset and compare_sigmas(plan_sigmas, sigmas_of(scheduler))[1] is not None:
+            self._training = scheduler.sigmas
         self._over = False
         self._steps_done = 0
         self._ordinals: Counter[str | None] = Counter()
@@ -35,16 +41,14 @@ class Position:
         scheduler = self._scheduler
         sigmas = scheduler.sigmas
         begins = sigmas is not self._sigmas
-        if (
-            begins
-            and sigmas is self._initial
-            and getattr(scheduler, "num_inference_steps", None) is None
-        ):
-            # The training schedule, which a scheduler has from the start.
+        if sigmas is self._training:
             return None
         index = self._index(begins)
         # Some schedulers keep their sigmas from one run to the next.
         begins = begins or index + self.offset < self.step
+        if not hasattr(scheduler, "_step_index") and index >= len(sigmas) - 1:
+            # Nothing but the count of its steps tells where such a scheduler stands.
+            begins, index = True, 0
         if index >= len(sigmas) - 1 or (self._over and not begins):
             return None
         return begins, index
@@ -86,9 +90,7 @@ class Position:
         return 0 if begins else self._steps_done
 
 
-def compare_sigmas(
-    mine: tuple[float, ...], given: tuple[float, ...], tolerance: float
-) -> tuple[int, str | None]:
+def compare_sigmas(mine: tuple[float, ...], given: tuple[float, ...]) -> tuple[int, str | None]:
     """How a run's noise levels (T+1) fit a plan's.
 
     Returns:
@@ -98,7 +100,7 @@ def compare_sigmas(
     offset = max(len(mine) - len(given), 0)
     tail = mine[offset:]
     worst = max((abs(a - b) for a, b in zip(tail, given, strict=False)), default=float("inf"))
-    if len(tail) == len(given) > 1 and worst <= tolerance:
+    if len(tail) == len(given) > 1 and worst <= SIGMA_TOLERANCE:
         return offset, None
     if len(given) != len(mine):
         return offset, f"it has {len(given) - 1} steps and the plan {len(mine) - 1}"

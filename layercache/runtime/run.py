@@ -31,8 +31,6 @@ from layercache.runtime.surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loo
 from layercache.runtime.timing import Clock
 from layercache.runtime.trace import Trace
 
-SIGMA_TOLERANCE = 1e-4
-
 OnMismatch = Literal["error", "compute"]
 
 
@@ -50,7 +48,7 @@ class PlanRun:
         self._transformer: nn.Module = getattr(pipe, component)
         self._scheduler = pipe.scheduler
         self._clock = Clock()
-        self._position = Position(self._scheduler)
+        self._position = Position(self._scheduler, plan.sigmas)
         self._record = Record()
         self._root = Gate(self._transformer, self._forward)
         self._gates: list[Gate] = [self._root]
@@ -260,7 +258,7 @@ class PlanRun:
         self._unclaimed = (None, set())
 
     def _matches(self, sigmas: tuple[float, ...]) -> bool:
-        self._position.offset, what = compare_sigmas(self.plan.sigmas, sigmas, SIGMA_TOLERANCE)
+        self._position.offset, what = compare_sigmas(self.plan.sigmas, sigmas)
         if what is None:
             return True
         if self._on_mismatch == "error":

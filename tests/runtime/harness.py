@@ -93,7 +93,7 @@ class LoopPipeline:
                     break
                 velocity = self.velocity(sigmas[index], latent)
                 if latent is None:
-                    latent = torch.linspace(-1.0, 2.0, velocity.numel())
+                    latent = torch.linspace(-1.0, 2.0, velocity.numel()).reshape(velocity.shape)
                 latent = self.scheduler.step(velocity, t, latent, return_dict=False)[0]
                 bar.update()
         assert latent is not None
