@@ -1,10 +1,14 @@
 """Where a run stands: which step and which branch a transformer call belongs to.
 
-Nothing is asked of the pipeline. A run begins when the scheduler has new sigmas, the step is the
-scheduler's own index, a branch is the name of the `cache_context` that the call is made in and the
-ordinal of the call under that name within one step. A run is over when the scheduler reached its
-end, when the pipeline's loop was left (by an exception, an interruption), or when the transformer
-raised; calls that follow belong to somebody else until the scheduler gets new sigmas.
+Nothing is asked of the pipeline. A run begins when the scheduler has new sigmas. The step is the
+scheduler's own index; of a scheduler without one, the `step_index` that a `cache_context` tells, or
+else the count of its steps. (The scheduler goes first, since an image-to-image pipeline's loop
+counts from 0 where the scheduler does not.) A branch is the name of the `cache_context` that the
+call is made in, and the ordinal of the call under that name within one step.
+
+A run is over when the scheduler reached its end, when the pipeline's loop was left (by an exception
+or an interruption), or when the transformer raised; calls that follow belong to somebody else until
+the scheduler gets new sigmas.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ class Position:
 
     def __init__(self, scheduler: Any, plan_sigmas: tuple[float, ...]) -> None:
         self.context: str | None = None
+        self.told: int | None = None
         self.step = -1
         self.offset = 0
         self._scheduler = scheduler
@@ -46,7 +51,7 @@ class Position:
         index = self._index(begins)
         # Some schedulers keep their sigmas from one run to the next.
         begins = begins or index + self.offset < self.step
-        if not hasattr(scheduler, "_step_index") and index >= len(sigmas) - 1:
+        if not hasattr(scheduler, "_step_index") and self.told is None and index >= len(sigmas) - 1:
             # Nothing but the count of its steps tells where such a scheduler stands.
             begins, index = True, 0
         if index >= len(sigmas) - 1 or (self._over and not begins):
@@ -87,6 +92,8 @@ class Position:
     def _index(self, begins: bool) -> int:
         if hasattr(self._scheduler, "_step_index"):
             return step_index(self._scheduler)
+        if self.told is not None:
+            return self.told
         return 0 if begins else self._steps_done
 
 

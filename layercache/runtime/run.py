@@ -138,12 +138,13 @@ class PlanRun:
     @contextmanager
     def _listening(self, inner: Call, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         position = self._position
-        outer, position.context = position.context, name
+        outer = position.context, position.told
+        position.context, position.told = name, kwargs.get("step_index")
         try:
             with inner(name, *args, **kwargs):
                 yield
         finally:
-            position.context = outer
+            position.context, position.told = outer
 
     def _flushing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
         self._flush()

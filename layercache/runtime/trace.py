@@ -92,7 +92,9 @@ class Trace:
                 f"{before!r}: block lists run once, in the order in which the adapter declares them"
             )
         if order != self._at[0]:
+            # What a whole list returns is there, predicted or not, for the lists that follow.
             self._last = {}
+            self._returned.clear()
         self._at = (order, position)
         self._called.add(block_list.name)
 

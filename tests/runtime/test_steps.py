@@ -102,6 +102,34 @@ def test_a_scheduler_of_ones_own(indexed: bool, renewed: bool) -> None:
     assert "step" not in vars(pipe.scheduler)
 
 
+class Telling(LoopPipeline):
+    """A loop that begins late, with a scheduler that has no index and a context that tells it."""
+
+    def call(self, sigma: float, latent: Tensor | None, branch: str) -> Tensor:
+        index = self.scheduler.sigmas.tolist().index(sigma)
+        self.named = False
+        with self.transformer.cache_context(branch, step_index=index):
+            return super().call(sigma, latent, branch)
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_a_cache_context_may_tell_the_step(renewed: bool) -> None:
+    plan_units = [group(LIST, 0, 4, "##0#0#")]
+    pipe = Telling(*build("QwenImageTransformer2DModel"))
+    pipe.scheduler = Plain(False, renewed)
+    pipe.scheduler.set_begin_index = lambda index: setattr(pipe.scheduler, "at", index)
+    plan = make_plan(pipe, STEPS, plan_units, sigmas=sigmas_of(pipe.scheduler))
+    with apply_plan(pipe, plan) as run:
+        whole = pipe(STEPS)
+        assert run.report().warnings == ()
+        with pytest.warns(UserWarning, match="differed"):
+            pipe(STEPS, start=3)
+        # Steps 3, 4 and 5, of which step 4 is predicted from step 3.
+        assert run.report().steps_seen == 3
+        assert run.report().units[0].seen_predicted == {"cond": 1, "uncond": 1}
+        assert torch.equal(pipe(STEPS), whole)
+
+
 class Batched(LoopPipeline):
     """Latents with a batch and a channel axis, which UniPC counts on."""
 
