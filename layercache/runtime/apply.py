@@ -39,8 +39,9 @@ def apply_plan(
     Raises:
         ModelMismatchError: The plan is for another model; or, while the pipeline runs, for another
             noise schedule.
-        UnsupportedModelError: No adapter knows the transformer, or it is compiled as a whole.
-        LayerCacheError: A plan is on this transformer already.
+        UnsupportedModelError: No adapter knows the transformer, or it is compiled as a whole; or,
+            in the first run, its traced forward contradicts the adapter. The plan is off then.
+        LayerCacheError: A plan is on this transformer already, or a cache of diffusers is.
 
     Example:
         >>> from layercache import Plan

@@ -16,6 +16,7 @@ from layercache.errors import (
 )
 from layercache.runtime import apply_plan
 from layercache.runtime import run as run_module
+from layercache.runtime.arithmetic import signature
 from tests.models.zoo import build
 from tests.runtime.harness import LoopPipeline, group, make_plan, step, traces
 from tests.runtime.mixed import LIST, MIXED, STEPS, pipeline, tensors
@@ -170,6 +171,17 @@ def test_a_change_of_shape_or_dtype_within_a_run_drops_what_is_stored(
         seen = run.report().units[0]
         assert seen.seen_predicted["cond"] == 1
         assert any("changed shape, dtype or device" in w for w in run.report().warnings)
+
+
+def test_every_tensor_of_a_call_counts() -> None:
+    def described(tensor: torch.Tensor, **more: Any) -> Any:
+        return signature((None, tensor), {"nested": {0: [tensor, None]}, "scale": 2.0} | more)
+
+    plain = torch.zeros(2, 3)
+    assert described(plain) == described(torch.ones(2, 3), mask=None)
+    for other in (plain.double(), plain[:1], plain.to("meta")):
+        assert described(other) != described(plain)
+        assert signature((), {"nested": {0: [other]}}) != signature((), {"nested": {0: [plain]}})
 
 
 def test_a_scheduler_that_finds_its_own_start_is_caught_up_with() -> None:
