@@ -80,6 +80,10 @@ class Position:
         self._steps_done += 1
         self._ordinals.clear()
 
+    def resume(self) -> None:
+        """The pipeline opened another loop: a run that is not at its end may go on in it."""
+        self._over = False
+
     def end(self) -> None:
         """The run is over, whatever the scheduler says."""
         self._over = True

@@ -67,7 +67,7 @@ class PlanRun:
         self._signatures: dict[Branch, tuple[Any, ...]] = {}
         self._answered: set[Branch] = set()
         self._computed: set[Branch] = set()
-        self._loops = Loops(self._end)
+        self._loops = Loops(self._position.resume, self._end)
         # Steps that the scheduler made in a run in which this transformer was not called yet.
         self._unclaimed: tuple[Any, set[int]] = (None, set())
         self._warned: set[str] = set()

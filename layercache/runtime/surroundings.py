@@ -65,11 +65,12 @@ class Loops:
     """The denoising loops that a pipeline has open.
 
     Args:
+        on_open: Called when one is opened and none is followed, in which a run may go on.
         on_end: Called when the loop that `follow` chose is left.
     """
 
-    def __init__(self, on_end: Callable[[], None]) -> None:
-        self._on_end = on_end
+    def __init__(self, on_open: Callable[[], None], on_end: Callable[[], None]) -> None:
+        self._on_open, self._on_end = on_open, on_end
         self._open: list[Loop] = []
         self._followed: Loop | None = None
 
@@ -77,6 +78,9 @@ class Loops:
         """In the place of a pipeline's `progress_bar`."""
         loop = Loop(inner(*args, **kwargs), self._left)
         self._open.append(loop)
+        if self._followed is None:
+            self._followed = loop
+            self._on_open()
         return loop
 
     def follow(self) -> None:

@@ -9,7 +9,8 @@ import torch
 from diffusers import StableDiffusion3Img2ImgPipeline
 
 from layercache.runtime import apply_plan
-from tests.runtime.harness import group
+from tests.models import zoo
+from tests.runtime.harness import LoopPipeline, group, make_plan
 from tests.runtime.pipelines import STEPS, build, plan_for, planned
 
 
@@ -142,6 +143,37 @@ def test_inference_mode_inside_a_pipeline_under_no_grad() -> None:
             assert torch.allclose(call(), expected, atol=1e-5)
         assert torch.equal(call(), expected)
         assert run.report().warnings == ()
+
+
+class Chunked(LoopPipeline):
+    """A pipeline that denoises in two loops, with a progress bar each."""
+
+    @torch.no_grad()
+    def __call__(self, steps: int, start: int = 0, leave_at: int | None = None) -> torch.Tensor:
+        self.scheduler.set_timesteps(steps)
+        sigmas = self.scheduler.sigmas.tolist()
+        latent = torch.zeros(1)
+        times = list(enumerate(self.scheduler.timesteps))
+        for chunk in (times[:3], times[3:]):
+            with self.progress_bar(total=len(chunk)):
+                for index, t in chunk:
+                    with self.progress_bar(total=1):
+                        # Something else that shows its progress, such as a preview.
+                        pass
+                    velocity = self.velocity(sigmas[index], latent)
+                    latent = self.scheduler.step(velocity, t, latent, return_dict=False)[0]
+        return latent
+
+
+def test_a_run_in_two_loops_goes_on_in_the_second() -> None:
+    pipe = Chunked(*zoo.build("QwenImageTransformer2DModel"))
+    plan = make_plan(pipe, 6, [group("transformer_blocks", 0, 4, "##0#00")])
+    with apply_plan(pipe, plan) as run:
+        first = pipe(6)
+        assert torch.equal(pipe(6), first)
+    assert run.report().steps_seen == 6
+    assert run.report().runs == 2
+    assert run.report().warnings == ()
 
 
 def image_to_image(components: dict[str, Any]) -> tuple[Any, Any]:
