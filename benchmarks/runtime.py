@@ -1,12 +1,15 @@
 """What the runtime costs, and whether it delivers what plans predict.
 
-    python benchmarks/runtime.py [--json] [--weights FOLDER]
+    python benchmarks/runtime.py [--json] [--weights FOLDER] [--repeats N]
 
-- `overhead_us_per_block`: microseconds that a gate adds to one block's call, on a transformer of 64
-  empty blocks, by what the group does at that step; the largest of them is the figure.
+- `overhead_us_per_block`: microseconds that a plan adds to one block's call, on a transformer of 64
+  empty blocks, by what the group does at that step; the largest of them is the figure. Processor
+  time of the calling thread, so that other programs do not count; the median of paired differences.
 - `measured_over_predicted`: measured speedup over the plan's own prediction, on the reference model
-  at batch 8, uncached and cached runs alternating; one figure a plan, the smallest of them counts.
-- `cache_bytes_ratio`: peak bytes held in those runs over the plan's prediction for eight images.
+  at batch 8; one figure a plan, the smallest of them counts. Wall time; every cached run stands
+  between two uncached ones, and the median of the ratios to their mean is taken.
+- `cache_bytes_ratio`: peak bytes held in those runs over the plan's prediction for eight images;
+  the one that is farthest from 1.
 - `models_ok`: supported models whose output a plan with exact residuals reproduces to 1e-5.
 """
 
@@ -74,8 +77,8 @@ class EmptyTransformer(nn.Module):
         return (hidden_states,)
 
 
-def overhead(repeats: int = 300) -> dict[str, float]:
-    """Microseconds a block that gates add, where the group is computed, measured or predicted."""
+def overhead(repeats: int = 400) -> dict[str, float]:
+    """Microseconds a block that a plan adds, where the group is computed, measured or predicted."""
     both = ("hidden_states", "encoder_hidden_states")
     adapter = Adapter("EmptyTransformer", (BlockList("transformer_blocks", both, both[::-1]),))
     register_adapter(adapter)
@@ -86,30 +89,37 @@ def overhead(repeats: int = 300) -> dict[str, float]:
     }
     model = EmptyTransformer()
     pipe = LoopPipeline(model, inputs, guided=False)
-    # Step 0 computes without storing, step 1 stores, step 2 predicts.
-    plan = make_plan(pipe, 3, [group("transformer_blocks", 0, BLOCKS, "##0")])
+    # Steps 0 and 1 compute without storing, step 2 stores, step 3 predicts.
+    plan = make_plan(pipe, 4, [group("transformer_blocks", 0, BLOCKS, "###0")])
     latent = torch.zeros(32)
-    bare: list[float] = []
-    gated: dict[str, list[float]] = {"computed": [], "measured": [], "predicted": []}
+    added: dict[str, list[float]] = {
+        "computed first": [], "computed": [], "measured": [], "predicted": [],
+    }  # fmt: skip
 
     def timed() -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         model(**inputs)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
-        for _ in range(repeats):
-            bare.append(timed())
+        for repeat in range(repeats):
+            bare = timed()
             with apply_plan(pipe, plan):
-                pipe.scheduler.set_timesteps(3)
-                for name, t in zip(gated, pipe.scheduler.timesteps, strict=True):
-                    gated[name].append(timed())
-                    pipe.scheduler.step(torch.zeros(32), t, latent)
-    base = statistics.median(bare)
-    return {n: 1e6 * (statistics.median(v) - base) / BLOCKS for n, v in gated.items()}
+                # The first run under a plan is traced.
+                for traced in (True, False):
+                    pipe.scheduler.set_timesteps(4)
+                    for name, t in zip(added, pipe.scheduler.timesteps, strict=True):
+                        gated = timed()
+                        pipe.scheduler.step(torch.zeros(32), t, latent)
+                        if repeat and not traced:
+                            added[name].append(gated - bare)
+    torch.set_num_threads(threads)
+    return {name: 1e6 * statistics.median(found) / BLOCKS for name, found in added.items()}
 
 
-def delivered(weights: Path, repeats: int = 3) -> dict[str, dict[str, float]]:
+def delivered(weights: Path, repeats: int) -> dict[str, dict[str, float]]:
     """Measured speedup and bytes of compiled plans, over what the plans predict."""
     pipe = load_pipeline(weights)
     texts = prompts("calibration", BATCH)
@@ -130,26 +140,31 @@ def delivered(weights: Path, repeats: int = 3) -> dict[str, dict[str, float]]:
         pipe(texts, **arguments)
         return time.perf_counter() - start
 
-    times: dict[str, list[float]] = {name: [] for name in plans}
-    ratios: dict[str, float] = {}
-    uncached: list[float] = []
+    speedups: dict[str, list[float]] = {name: [] for name in plans}
+    bytes_ratios: dict[str, float] = {}
     timed()
+    before = timed()
     for _ in range(repeats):
-        uncached.append(timed())
         for name, plan in plans.items():
             with apply_plan(pipe, plan) as run:
-                times[name].append(timed())
-            seen = run.report().cache_bytes_seen
-            ratios[name] = seen / max(BATCH * plan.predicted.cache_bytes, 1)
-    base = statistics.median(uncached)
+                cached = timed()
+                report = run.report()
+            after = timed()
+            speedups[name].append((before + after) / 2 / cached)
+            before = after
+            if report.warnings:
+                raise SystemExit(f"{name}: {report.warnings[0]}")
+            bytes_ratios[name] = report.cache_bytes_seen / max(
+                BATCH * plan.predicted.cache_bytes, 1
+            )
     return {
         name: {
             "predicted": plan.predicted.speedup,
-            "measured": base / statistics.median(times[name]),
-            "measured_over_predicted": base
-            / statistics.median(times[name])
-            / plan.predicted.speedup,
-            "cache_bytes_ratio": ratios[name],
+            "measured": statistics.median(speedups[name]),
+            "measured_least": min(speedups[name]),
+            "measured_most": max(speedups[name]),
+            "measured_over_predicted": statistics.median(speedups[name]) / plan.predicted.speedup,
+            "cache_bytes_ratio": bytes_ratios[name],
         }
         for name, plan in plans.items()
     }
@@ -179,10 +194,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="reference model folder")
+    parser.add_argument("--repeats", type=int, default=5, help="cached runs of every plan")
     options = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     costs = overhead()
-    plans = delivered(options.weights)
+    plans = delivered(options.weights, options.repeats)
     models = models_ok()
     result: dict[str, Any] = {
         "overhead_us_per_block": max(costs.values()),
@@ -202,7 +218,7 @@ def main() -> None:
         print()
         return
     for name, cost in costs.items():
-        print(f"overhead where a group is {name:<10} {cost:6.2f} us a block")
+        print(f"overhead where a group is {name:<14} {cost:6.2f} us a block")
     for name, p in plans.items():
         print(
             f"{name:<14} predicted {p['predicted']:.2f}x, measured {p['measured']:.2f}x "

@@ -29,6 +29,7 @@ class BlockList:
             output returns the bare tensor, one with several a tuple.
         in_place: The transformer may write into a block's output after the block returned it
             (a ControlNet added with `x[...] = ...`), so that a difference must be taken at once.
+        wrapped: A block with one output returns it in a tuple of one.
 
     Example:
         >>> BlockList("blocks", streams=("hidden_states",), outputs=("hidden_states",)).name
@@ -39,8 +40,14 @@ class BlockList:
     streams: tuple[str, ...]
     outputs: tuple[str, ...]
     in_place: bool = False
+    wrapped: bool = False
 
     def __post_init__(self) -> None:
+        if self.wrapped and len(self.outputs) != 1:
+            raise UnsupportedModelError(
+                f"block list {self.name!r} declares wrapped=True and outputs {self.outputs}: only "
+                "a block with one output can have it in a tuple of one"
+            )
         if not self.outputs or set(self.outputs) != set(self.streams):
             raise UnsupportedModelError(
                 f"block list {self.name!r} declares streams {self.streams} and outputs "
@@ -168,17 +175,19 @@ def read_outputs(block_list: BlockList, output: Any) -> dict[str, Tensor]:
         values = output
     else:
         values = ()
-    if len(values) != len(names) or (len(names) > 1 and isinstance(output, Tensor)):
+    bare = len(names) == 1 and not block_list.wrapped
+    if len(values) != len(names) or bare != isinstance(output, Tensor):
         raise UnsupportedModelError(
             f"a block of {block_list.name!r} returned {_shape_of(output)} where the adapter "
-            f"declares {', '.join(names)}: correct the adapter's outputs"
+            f"declares {', '.join(names)}{' as a bare tensor' if bare else ' in a tuple'}: correct "
+            "the adapter's outputs, or its wrapped="
         )
     return {name: v for name, v in zip(names, values, strict=True) if v is not None}
 
 
 def write_outputs(block_list: BlockList, block: nn.Module, streams: Mapping[str, Tensor]) -> Any:
     """What a block would return for these streams; a stream that is not given becomes `None`."""
-    if len(block_list.outputs) == 1:
+    if len(block_list.outputs) == 1 and not block_list.wrapped:
         return streams[block_list.outputs[0]]
     return tuple(streams.get(name) for name in block_list.outputs)
 
@@ -187,6 +196,20 @@ def check_signature(block_list: BlockList, block: nn.Module) -> None:
     """Raise `UnsupportedModelError` unless the block takes the declared streams as arguments."""
     block_class: Any = type(block)
     _positions(block_class, block_list.streams)
+
+
+def check_shapes(
+    block: nn.Module, streams: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+) -> None:
+    """Raise `UnsupportedModelError` unless every output has the shape of its stream."""
+    for name, tensor in outputs.items():
+        given = streams.get(name)
+        if given is None or given.shape != tensor.shape:
+            raise UnsupportedModelError(
+                f"{type(block).__name__} returned {name!r} of shape {tuple(tensor.shape)} for "
+                f"{'no input' if given is None else f'input {tuple(given.shape)}'}: it is not "
+                "a residual stream; correct the adapter"
+            )
 
 
 @cache

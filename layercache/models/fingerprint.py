@@ -50,12 +50,15 @@ def model_fingerprint(transformer: nn.Module) -> dict[str, Any]:
     }
 
 
-def setting_of(pipe: Any, call_kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def setting_of(
+    pipe: Any, call_kwargs: Mapping[str, Any] | None = None, *, component: str = "transformer"
+) -> dict[str, Any]:
     """How a pipeline is being used: differences from a plan's setting deserve a warning.
 
     Args:
         pipe: A diffusers pipeline.
         call_kwargs: Keyword arguments of its call, if they are known.
+        component: Which attribute of the pipeline is the transformer.
 
     Returns:
         JSON values: the classes of pipeline and scheduler, the scheduler's shift, the model's
@@ -63,7 +66,7 @@ def setting_of(pipe: Any, call_kwargs: Mapping[str, Any] | None = None) -> dict[
         guidance scales. What is not known is left out.
     """
     scheduler = pipe.scheduler
-    transformer = unwrap(pipe.transformer)
+    transformer = unwrap(getattr(pipe, component))
     found: dict[str, Any] = {
         "pipeline": type(pipe).__name__,
         "scheduler": type(scheduler).__name__,

@@ -6,12 +6,13 @@ after guidance of whatever kind. Only the instance is patched, and the patch is 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+
+from layercache.models.patching import wrap_method
 
 StepFunction = Callable[[int, Tensor, Tensor], Tensor | None]
 """(step index, guided model output, sample before the step) to the output that is to be used.
@@ -57,25 +58,18 @@ def tapped_step(scheduler: Any, function: StepFunction) -> Iterator[None]:
 
 def tap_step(scheduler: Any, function: StepFunction) -> Callable[[], None]:
     """As `tapped_step`, but returns the function that removes the tap."""
-    original = scheduler.step
-    # An attribute of the instance may stand there already (another tap); put that back then.
-    had_own = "step" in vars(scheduler)
 
-    @functools.wraps(original)  # pipelines look at the signature for what they may pass
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def step(
+        inner: Callable[..., Any],
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         output = function(step_index(scheduler), model_output, sample)
         if output is None:
             return _Unmoved((sample,))
-        return original(output, timestep, sample, *args, **kwargs)
+        return inner(output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = step
-
-    def restore() -> None:
-        if vars(scheduler).get("step") is not step:
-            return
-        if had_own:
-            scheduler.step = original
-        else:
-            del scheduler.step
-
-    return restore
+    return wrap_method(scheduler, "step", step)

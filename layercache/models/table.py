@@ -45,6 +45,8 @@ _BLOCK_LISTS: dict[str, tuple[BlockList, ...]] = {
     "HunyuanVideo15Transformer3DModel": (_list("transformer_blocks", _HE, _HE),),
     "HunyuanImageTransformer2DModel": _IMAGE_FIRST,
     "WanTransformer3DModel": (_list("blocks", _H, _H),),
+    # Its VACE blocks run before these and always; what they make is added between these blocks.
+    "WanVACETransformer3DModel": (_list("blocks", _H, _H),),
     "LTXVideoTransformer3DModel": _ONE_STREAM,
     "LTX2VideoTransformer3DModel": (
         _list(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
-from layercache.models.adapters import adapter_for, blocks_of, check_signature
+from layercache.models.adapters import adapter_for, blocks_of, check_signature, unwrap
 from layercache.models.fingerprint import model_fingerprint, setting_of
 from layercache.plan import Plan
 from layercache.runtime.gates import gate_of, is_compiled
@@ -39,8 +39,9 @@ def apply_plan(
     Raises:
         ModelMismatchError: The plan is for another model; or, while the pipeline runs, for another
             noise schedule.
-        UnsupportedModelError: No adapter knows the transformer, or it is compiled as a whole.
-        LayerCacheError: A plan is on this transformer already.
+        UnsupportedModelError: No adapter knows the transformer, or it is compiled as a whole; or,
+            in the first run, its traced forward contradicts the adapter. The plan is off then.
+        LayerCacheError: A plan is on this transformer already, or a cache of diffusers is.
 
     Example:
         >>> from layercache import Plan
@@ -74,17 +75,16 @@ def apply_plan(
             "(handle.remove(), or leave its with block)"
         )
     adapter = adapter_for(transformer)
-    differences = plan.check(model_fingerprint(transformer), setting_of(pipe))
+    differences = plan.check(model_fingerprint(transformer), setting_of(pipe, component=component))
     for group in plan.groups:
         block_list = adapter.block_list(str(group.block_list))
         for block in blocks_of(transformer, block_list)[group.start : group.stop]:
             check_signature(block_list, block)
-            if _splits_its_inputs(block):
-                raise UnsupportedModelError(
-                    f"context parallelism splits the sequence at a block of {group.name}, so that "
-                    "what enters it and what leaves it differ in length: begin the group one block "
-                    "later, or use a plan with the step unit only"
-                )
+    if getattr(unwrap(transformer), "is_cache_enabled", False):
+        raise LayerCacheError(
+            f"another cache of diffusers is on this {type(transformer).__name__}: call "
+            "transformer.disable_cache() first"
+        )
     if plan.groups and is_compiled(transformer):
         raise UnsupportedModelError(
             f"this {type(transformer).__name__} is compiled as a whole, so its blocks cannot be "
@@ -100,8 +100,3 @@ def apply_plan(
     run = PlanRun(pipe, component, plan, adapter, on_mismatch)
     run.install()
     return run
-
-
-def _splits_its_inputs(block: nn.Module) -> bool:
-    registry: Any = getattr(block, "_diffusers_hook", None)
-    return any(name.startswith("cp_input") for name in getattr(registry, "hooks", ()))

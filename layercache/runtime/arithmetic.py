@@ -56,15 +56,27 @@ def tensor_bytes(output: Any) -> int:
 
 def signature(args: Any, kwargs: Any) -> tuple[Any, ...]:
     """Shape, dtype and device of every tensor among the arguments of a call."""
-    found: list[Any] = []
+    return tuple(_described(value) for value in (*args, *kwargs.values()) if value is not None)
+
+
+def device_of(args: Any, kwargs: Any) -> torch.device | None:
+    """The device of the first tensor among the arguments of a call."""
     for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
         if isinstance(value, Tensor):
-            found.append((value.shape, value.dtype, value.device))
-        elif isinstance(value, (tuple, list)):
-            found.append(
-                tuple((v.shape, v.dtype, v.device) for v in value if isinstance(v, Tensor))
-            )
-    return tuple(found)
+            return value.device
+    return None
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((key, _described(item)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(_described(item) for item in value)
+    return None
 
 
 def _finite(value: Tensor) -> Tensor:

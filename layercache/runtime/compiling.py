@@ -22,8 +22,10 @@ def compile_blocks(transformer: nn.Module, **options: Any) -> int:
         transformer: A supported model.
         options: As for `torch.compile`.
 
+    A block in which context parallelism splits the sequence stays eager if a plan skips it.
+
     Returns:
-        The number of blocks.
+        The number of blocks compiled.
 
     Raises:
         UnsupportedModelError: No adapter knows the model.
@@ -38,6 +40,8 @@ def compile_blocks(transformer: nn.Module, **options: Any) -> int:
             gate = gate_of(block)
             if gate is None:
                 block.compile(**options)
+            elif gate.within_split:
+                continue
             else:
                 gate.replace(torch.compile(block._call_impl, **options))
             count += 1

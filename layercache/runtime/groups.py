@@ -11,17 +11,25 @@ which is the tail's output minus the head's input when nothing is injected.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
 
 from layercache.errors import UnsupportedModelError
-from layercache.models.adapters import BlockList, read_outputs, read_streams, write_outputs
+from layercache.models.adapters import (
+    BlockList,
+    check_shapes,
+    read_outputs,
+    read_streams,
+    write_outputs,
+)
 from layercache.plan import Schedule
 from layercache.runtime.arithmetic import add, difference, predict
 from layercache.runtime.gates import Call, Handler
+from layercache.runtime.offloading import Transfers, shared_transfers
+from layercache.runtime.timing import Clock, Mark
 
 Streams = dict[str, Tensor]
 Branch = tuple[str | None, int]
@@ -39,8 +47,8 @@ class Mode(Enum):
 class GroupRunner:
     """State of one group. `begin` is called before each forward of the model, `end` after it.
 
-    A group that the plan never predicts is not `gated`: nothing of it is ever read, so its blocks
-    keep their bare calls.
+    A group that the plan never predicts is not `gated`: nothing of it is ever read, so only its
+    first and last block are watched, for the time that they take.
     """
 
     def __init__(
@@ -48,13 +56,20 @@ class GroupRunner:
         name: str,
         block_list: BlockList,
         schedule: Schedule,
+        span: tuple[int, int],
         on_problem: Callable[[str], None],
+        clock: Clock,
     ) -> None:
         self.name = name
         self.schedule = schedule
+        self.first, self.stop = span
         self.gated = any(schedule.cached)
         self.held_bytes = 0
         self.bytes_per_refresh: dict[Branch, int] = {}
+        self.peak_bytes: dict[Branch, int] = {}
+        self.marks: tuple[Mark, Mark] = (None, None)
+        self.transfers: Transfers = {}
+        self._clock = clock
         self._block_list = block_list
         self._on_problem = on_problem
         self._held: dict[Branch, dict[int, Streams]] = {}
@@ -71,12 +86,20 @@ class GroupRunner:
 
     # -- decisions, once per forward -----------------------------------------------------------
 
+    def begin_run(self, blocks: Sequence[nn.Module]) -> None:
+        """Start counting bytes anew; the model's offloading may have changed since the last run."""
+        self.bytes_per_refresh.clear()
+        self.peak_bytes.clear()
+        if self.gated:
+            self.transfers = shared_transfers(blocks, self.first, self.stop)
+
     def begin(self, step: int, branch: Branch) -> None:
         """Set what the blocks do in this forward."""
         schedule = self.schedule
         self._step, self._branch = step, branch
         self._position, self._calls, self._segment = -1, 0, None
         self._last, self._sum, self._residual = {}, {}, {}
+        self.marks = (None, None)
         self._mode = Mode.COMPUTE
         if schedule.refresh[step]:
             if schedule.last_use[step] > step:
@@ -95,8 +118,6 @@ class GroupRunner:
 
     def end(self) -> bool | None:
         """Close the forward: True if it computed the group, False if predicted, None if not run."""
-        if not self.gated:
-            return True
         mode, called = self._mode, self._calls > 0
         if mode is Mode.STORE and called:
             self._store()
@@ -112,24 +133,50 @@ class GroupRunner:
 
     # -- the blocks ----------------------------------------------------------------------------
 
+    @property
+    def positions(self) -> list[int]:
+        """Positions in the list of the blocks that need a gate."""
+        if self.gated:
+            return list(range(self.first, self.stop))
+        return sorted({self.first, self.stop - 1})
+
     def handler(self, block: nn.Module, position: int) -> Handler:
         """The gate handler of the block at `position` of the list."""
+        last = position == self.stop - 1
 
         def handle(inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._calls += 1
+            if self._calls == 1:
+                self.marks = (self._clock.mark(), None)
             if self._mode is Mode.COMPUTE:
-                return inner(*args, **kwargs)
-            if position <= self._position:
-                raise UnsupportedModelError(
-                    f"block {position} of {self._block_list.name!r} was called after block "
-                    f"{self._position} in one forward; blocks of a group must run once, in order"
-                )
-            self._position = position
-            if self._mode is Mode.PREDICT:
-                return self._predicted(block, inner, args, kwargs)
-            return self._measured(block, inner, args, kwargs)
+                output = inner(*args, **kwargs)
+            else:
+                output = self._directed(block, position, inner, args, kwargs)
+            if last:
+                self.marks = (self.marks[0], self._clock.mark())
+            return output
 
         return handle
+
+    def _directed(
+        self,
+        block: nn.Module,
+        position: int,
+        inner: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if position <= self._position:
+            raise UnsupportedModelError(
+                f"block {position} of {self._block_list.name!r} was called after block "
+                f"{self._position} in one forward; blocks of a group must run once, in order"
+            )
+        self._position = position
+        if self._mode is Mode.STORE:
+            return self._measured(block, inner, args, kwargs)
+        if self.transfers and position in self.transfers:
+            self.transfers[position]()
+        return self._predicted(block, inner, args, kwargs)
 
     def _predicted(
         self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -181,14 +228,7 @@ class GroupRunner:
         return True
 
     def _check(self, block: nn.Module, streams: Streams, versions: dict[str, int | None]) -> None:
-        for name, tensor in self._last.items():
-            given = streams.get(name)
-            if given is None or given.shape != tensor.shape:
-                raise UnsupportedModelError(
-                    f"{type(block).__name__} returned {name!r} of shape {tuple(tensor.shape)} for "
-                    f"{'no input' if given is None else f'input {tuple(given.shape)}'}: it is not "
-                    "a residual stream; correct the adapter"
-                )
+        check_shapes(block, streams, self._last)
         for name, version in versions.items():
             if _version(streams[name]) != version:
                 raise UnsupportedModelError(
@@ -219,6 +259,10 @@ class GroupRunner:
         }
         self.bytes_per_refresh[self._branch] = size
         self.held_bytes += size
+        held = sum(
+            t.nbytes for streams in self._held[self._branch].values() for t in streams.values()
+        )
+        self.peak_bytes[self._branch] = max(self.peak_bytes.get(self._branch, 0), held)
 
     def finish_step(self, step: int) -> None:
         """Free what no step after `step` reads."""

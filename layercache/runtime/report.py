@@ -11,13 +11,23 @@ _BYTES_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class UnitReport:
-    """One unit in the latest run; counts are steps, `seen_*` holds one count a branch."""
+    """One unit in the latest run, by branch.
+
+    Counts are steps. Bytes are peaks between two steps: `bytes_planned` takes the number of tensors
+    from the plan and their size from this run. The step unit's `guided` outputs belong to all
+    branches. Seconds are those spent in the unit where it was computed and where it was predicted,
+    on the device for CUDA and on the host otherwise.
+    """
 
     name: str
     planned_computed: int
     planned_predicted: int
     seen_computed: dict[str, int]
     seen_predicted: dict[str, int]
+    bytes_planned: dict[str, int]
+    bytes_seen: dict[str, int]
+    seconds_computed: dict[str, float]
+    seconds_predicted: dict[str, float]
 
     @property
     def as_planned(self) -> bool:
@@ -33,11 +43,13 @@ class RunReport:
 
     `cache_bytes_planned` is the plan's formula with the tensor sizes of this run, for all its
     images and branches; `cache_bytes_predicted` is the plan's figure for one image;
-    `cache_bytes_seen` the peak between two steps.
+    `cache_bytes_seen` the peak between two steps. `steps_elsewhere` counts steps that the scheduler
+    made without a call of this transformer, as with the two experts of Wan 2.2.
     """
 
     steps_planned: int
     steps_seen: int
+    steps_elsewhere: int
     units: tuple[UnitReport, ...]
     cache_bytes_planned: int
     cache_bytes_predicted: int
@@ -55,10 +67,18 @@ class RunReport:
             message if count == 1 else f"{message} ({count} times)"
             for message, count in self.problems.items()
         ]
-        if self.steps_seen != self.steps_planned:
-            found.append(f"{self.steps_seen} of {self.steps_planned} planned steps were run")
+        if self.steps_seen + self.steps_elsewhere != self.steps_planned:
+            found.append(
+                f"{self.steps_seen + self.steps_elsewhere} of {self.steps_planned} planned steps "
+                "were run"
+            )
+        elif self.steps_seen == 0:
+            found.append("this transformer was not called")
         else:
             found += [f"{u.name} differs from the plan" for u in self.units if not u.as_planned]
+        if self.steps_seen != self.steps_planned:
+            # The peak may lie at a step that was not run.
+            return tuple(found)
         difference = abs(self.cache_bytes_seen - self.cache_bytes_planned)
         if difference > _BYTES_TOLERANCE * max(self.cache_bytes_planned, 1):
             found.append(
@@ -73,22 +93,31 @@ class RunReport:
 
     def __str__(self) -> str:
         width = max([len(unit.name) for unit in self.units] + [4])
+        elsewhere = f" ({self.steps_elsewhere} by another model)" if self.steps_elsewhere else ""
         lines = [
-            f"Run {self.runs}: {self.steps_seen} of {self.steps_planned} steps, "
+            f"Run {self.runs}: {self.steps_seen} of {self.steps_planned} steps{elsewhere}, "
             f"{self.seconds:.2f} s, cache {_mib(self.cache_bytes_seen)} at its peak "
             f"(planned {_mib(self.cache_bytes_planned)}; "
             f"{_mib(self.cache_bytes_predicted)} an image in the plan file)",
-            f"  {'unit':<{width}}  {'branch':<12}  computed (planned)  predicted (planned)",
+            f"  {'unit':<{width}}  {'branch':<10}  computed (planned)  predicted (planned)"
+            "  computing  predicting  held (planned)",
         ]
         for unit in self.units:
             for branch in unit.seen_computed:
                 lines.append(
-                    f"  {unit.name:<{width}}  {branch:<12}  "
+                    f"  {unit.name:<{width}}  {branch:<10}  "
                     f"{unit.seen_computed[branch]:>8} {f'({unit.planned_computed})':>9}  "
-                    f"{unit.seen_predicted[branch]:>9} {f'({unit.planned_predicted})':>9}"
+                    f"{unit.seen_predicted[branch]:>9} {f'({unit.planned_predicted})':>9}  "
+                    f"{_ms(unit.seconds_computed[branch]):>9}  "
+                    f"{_ms(unit.seconds_predicted[branch]):>10}  "
+                    f"{_mib(unit.bytes_seen[branch])} ({_mib(unit.bytes_planned[branch])})"
                 )
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
 
 
 def _mib(size: int) -> str:

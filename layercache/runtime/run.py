@@ -6,46 +6,32 @@ so that processes of one parallel run agree without talking to each other.
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from layercache.errors import ModelMismatchError
+from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
 from layercache.models.adapters import Adapter, blocks_of, unwrap
-from layercache.models.stepping import sigmas_of, step_index, tap_step
+from layercache.models.patching import Function, wrap_method
+from layercache.models.stepping import sigmas_of, tap_step
 from layercache.plan import Plan
-from layercache.runtime.arithmetic import signature
-from layercache.runtime.gates import Call, Gate
+from layercache.runtime.arithmetic import device_of, signature
+from layercache.runtime.gates import Call, Gate, is_compiled
 from layercache.runtime.groups import Branch, GroupRunner
-from layercache.runtime.report import RunReport, UnitReport
+from layercache.runtime.position import Position, compare_sigmas
+from layercache.runtime.record import STEP, Record
+from layercache.runtime.report import RunReport
 from layercache.runtime.steps import StepRunner
-
-SIGMA_TOLERANCE = 1e-4
+from layercache.runtime.surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops
+from layercache.runtime.timing import Clock
+from layercache.runtime.trace import Trace
 
 OnMismatch = Literal["error", "compute"]
-
-# Methods of diffusers' PEFT mixin after which stored tensors belong to another model.
-_ADAPTER_METHODS = (
-    "add_adapter",
-    "delete_adapters",
-    "disable_adapters",
-    "disable_lora",
-    "enable_adapters",
-    "enable_lora",
-    "fuse_lora",
-    "load_lora_adapter",
-    "set_adapter",
-    "set_adapters",
-    "unfuse_lora",
-    "unload_lora",
-)
 
 
 class PlanRun:
@@ -58,53 +44,47 @@ class PlanRun:
         self, pipe: Any, component: str, plan: Plan, adapter: Adapter, on_mismatch: OnMismatch
     ) -> None:
         self.plan = plan
-        self._pipe, self._on_mismatch = pipe, on_mismatch
+        self._pipe, self._component, self._on_mismatch = pipe, component, on_mismatch
         self._transformer: nn.Module = getattr(pipe, component)
         self._scheduler = pipe.scheduler
-        self._groups: list[GroupRunner] = []
-        self._gates: list[Gate] = [Gate(self._transformer, self._forward)]
+        self._clock = Clock()
+        self._position = Position(self._scheduler, plan.sigmas)
+        self._record = Record()
+        self._root = Gate(self._transformer, self._forward)
+        self._gates: list[Gate] = [self._root]
         self._undo: list[Callable[[], None]] = []
         unit = plan.step_unit
         self._step_runner = (
             StepRunner(plan.schedules[unit.name], self._note) if unit is not None else None
         )
+        self._groups: list[GroupRunner] = []
+        self._blocks: dict[str, list[nn.Module]] = {}
         for group in plan.groups:
             self._add_group(group.name, adapter, str(group.block_list), group.start, group.stop)
-        # Where the run stands.
-        self._sigmas: Any = None
+        names = sorted({str(group.block_list) for group in plan.groups})
+        self._trace = Trace(self._transformer, adapter, names) if names else None
         self._controlled = False
-        self._offset = 0
-        self._step = -1
-        self._steps_done = 0
-        self._context: str | None = None
-        self._ordinals: Counter[str | None] = Counter()
         self._signatures: dict[Branch, tuple[Any, ...]] = {}
         self._answered: set[Branch] = set()
         self._computed: set[Branch] = set()
-        # What the latest run did.
-        self._runs = 0
-        self._seen: dict[str, dict[bool, Counter[Branch]]] = {}
-        self._steps_seen: set[int] = set()
-        self._problems: Counter[str] = Counter()
-        self._peak_bytes = 0
-        self._velocity_bytes = 0
-        self._output_bytes = 0
-        self._started = self._ended = 0.0
+        self._loops = Loops(self._position.resume, self._end)
+        # Steps that the scheduler made in a run in which this transformer was not called yet.
+        self._unclaimed: tuple[Any, set[int]] = (None, set())
         self._warned: set[str] = set()
 
     def _add_group(
         self, name: str, adapter: Adapter, block_list: str, start: int | None, stop: int | None
     ) -> None:
         declared = adapter.block_list(block_list)
-        first, last = start or 0, stop or 0
-        runner = GroupRunner(name, declared, self.plan.schedules[name], self._note)
-        self._groups.append(runner)
-        if not runner.gated:
-            return
+        span = (start or 0, stop or 0)
+        schedule = self.plan.schedules[name]
+        runner = GroupRunner(name, declared, schedule, span, self._note, self._clock)
         blocks = blocks_of(self._transformer, declared)
-        for position in range(first, last):
-            block = blocks[position]
-            self._gates.append(Gate(block, runner.handler(block, position)))
+        self._groups.append(runner)
+        self._blocks[name] = blocks
+        for position in runner.positions:
+            handler = runner.handler(blocks[position], position)
+            self._gates.append(Gate(blocks[position], handler, declared.streams))
 
     # -- putting on and taking off -------------------------------------------------------------
 
@@ -117,8 +97,12 @@ class PlanRun:
             self._undo.append(tap_step(self._scheduler, self._guided))
             module = unwrap(self._transformer)
             self._wrap(module, "cache_context", self._listening)
-            for name in _ADAPTER_METHODS:
+            self._wrap(module, "enable_cache", self._refusing)
+            self._wrap(self._pipe, "progress_bar", self._loops.opened)
+            for name in MODEL_CHANGES:
                 self._wrap(module, name, self._flushing)
+            for name in PIPELINE_CHANGES:
+                self._wrap(self._pipe, name, self._flushing)
         except BaseException:
             self.remove()
             raise
@@ -127,9 +111,9 @@ class PlanRun:
         """Take the plan off and free everything. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
-        self._flush()
+        self._end()
         self._signatures.clear()
-        self._sigmas = None
+        self._trace = None
 
     @property
     def active(self) -> bool:
@@ -147,40 +131,30 @@ class PlanRun:
     ) -> None:
         self.remove()
 
-    def _wrap(self, module: nn.Module, name: str, wrapper: Callable[[Call], Call]) -> None:
-        original = getattr(module, name, None)
-        if original is None:
-            return
-        own = name in vars(module)
-        replacement = wrapper(original)
-        vars(module)[name] = replacement
+    def _wrap(self, owner: Any, name: str, function: Function) -> None:
+        if getattr(owner, name, None) is not None:
+            self._undo.append(wrap_method(owner, name, function))
 
-        def undo() -> None:
-            if vars(module).get(name) is replacement:
-                del vars(module)[name]
-                if own:
-                    vars(module)[name] = original
+    @contextmanager
+    def _listening(self, inner: Call, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        position = self._position
+        outer = position.context, position.told
+        position.context, position.told = name, kwargs.get("step_index")
+        try:
+            with inner(name, *args, **kwargs):
+                yield
+        finally:
+            position.context, position.told = outer
 
-        self._undo.append(undo)
+    def _flushing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        self._flush()
+        return inner(*args, **kwargs)
 
-    def _listening(self, original: Call) -> Call:
-        @contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-            outer, self._context = self._context, name
-            try:
-                with original(name, *args, **kwargs):
-                    yield
-            finally:
-                self._context = outer
-
-        return cache_context
-
-    def _flushing(self, original: Call) -> Call:
-        def changing_adapters(*args: Any, **kwargs: Any) -> Any:
-            self._flush()
-            return original(*args, **kwargs)
-
-        return changing_adapters
+    def _refusing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
+        raise LayerCacheError(
+            f"a plan is on this {type(self._transformer).__name__}, so that another cache would "
+            "store what was predicted: remove the plan first"
+        )
 
     # -- the root of the transformer -----------------------------------------------------------
 
@@ -193,67 +167,77 @@ class PlanRun:
             if step is None:
                 return inner(*args, **kwargs)
             return self._planned(step, inner, args, kwargs)
-        except BaseException:
-            # The run is broken; what follows, if anything, starts from nothing.
+        except BaseException as error:
             for group in self._groups:
                 group.cancel()
-            self._flush()
-            self._sigmas, self._step = None, -1
+            self._end()
+            if isinstance(error, UnsupportedModelError):
+                # The model is not what its adapter says.
+                self.remove()
             raise
 
     def _planned(
         self, step: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        branch: Branch = (self._context, self._ordinals[self._context])
-        self._ordinals[self._context] += 1
+        branch = self._position.branch()
         shapes = signature(args, kwargs)
         if self._signatures.setdefault(branch, shapes) != shapes:
             self._signatures[branch] = shapes
             self._note("inputs changed shape, dtype or device within a run")
             self._flush(branch)
-        self._peak_bytes = max(self._peak_bytes, self._held_bytes())
-        runner = self._step_runner
+        record, clock, runner = self._record, self._clock, self._step_runner
+        record.held(self._held_bytes())
+        clock.follow(device_of(args, kwargs))
+        start = clock.mark()
         if runner is not None:
             answer = runner.answer(step, branch)
             if answer is not None:
                 self._answered.add(branch)
-                self._count("step", False, branch)
+                record.count(STEP, branch, False, start, clock.mark())
                 return answer
-            self._count("step", True, branch)
         self._computed.add(branch)
         for group in self._groups:
             group.begin(step, branch)
-        output = inner(*args, **kwargs)
+        # The first forward shows whether the adapter is right.
+        with self._trace.watching() if self._trace is not None else nullcontext():
+            output = inner(*args, **kwargs)
+        self._trace = None
         for group in self._groups:
             computed = group.end()
             if computed is not None:
-                self._count(group.name, computed, branch)
+                record.count(group.name, branch, computed, *group.marks)
         if runner is not None:
+            record.count(STEP, branch, True, start, clock.mark())
             runner.computed(step, branch, output)
-            self._output_bytes = max(self._output_bytes, runner.output_bytes)
         return output
 
     def _locate(self) -> int | None:
         """The plan's step of this call, or None where the plan does not apply."""
-        scheduler = self._scheduler
-        if self._pipe.scheduler is not scheduler:
-            raise ModelMismatchError(
-                "the pipeline's scheduler was replaced while a plan was on it: remove the plan, "
-                "then apply it again"
-            )
-        index = self._steps_done
-        if hasattr(scheduler, "_step_index"):
-            index = step_index(scheduler)
-        # A scheduler makes new sigmas for every run, also after a run that was broken off.
-        if scheduler.sigmas is not self._sigmas or index + self._offset < self._step:
+        self._check_parts()
+        position = self._position
+        found = position.advance()
+        if found is None:
+            return None
+        begins, index = found
+        if begins:
             self._begin_run()
-            index = step_index(scheduler) if hasattr(scheduler, "_step_index") else 0
-        step = index + self._offset
+        step = index + position.offset
         if not self._controlled or step >= self.plan.num_steps:
             return None
-        if step != self._step:
+        if step != position.step:
             self._begin_step(step)
         return step
+
+    def _check_parts(self) -> None:
+        for what, now, then in (
+            ("scheduler", self._pipe.scheduler, self._scheduler),
+            (self._component, getattr(self._pipe, self._component, None), self._transformer),
+        ):
+            if now is not then:
+                raise ModelMismatchError(
+                    f"the pipeline's {what} was replaced while a plan was on it: remove the plan, "
+                    "then apply it again"
+                )
 
     def _begin_run(self) -> None:
         self._flush()
@@ -261,29 +245,23 @@ class PlanRun:
             # A block that was compiled after the plan was put on has displaced its gate.
             gate.install()
         for group in self._groups:
-            group.bytes_per_refresh.clear()
+            group.begin_run(self._blocks[group.name])
+        if self._step_runner is not None:
+            self._step_runner.begin_run()
         self._signatures.clear()
-        self._sigmas = self._scheduler.sigmas
-        self._step, self._steps_done = -1, 0
-        self._runs += 1
-        self._seen, self._steps_seen, self._problems = {}, set(), Counter()
-        self._peak_bytes = self._velocity_bytes = self._output_bytes = 0
-        self._started = self._ended = time.perf_counter()
+        self._loops.follow()
+        self._record = Record(self._record.runs + 1)
+        self._position.begin()
         self._controlled = self._matches(sigmas_of(self._scheduler))
+        sigmas, steps = self._unclaimed
+        if sigmas is self._scheduler.sigmas:
+            self._record.steps_elsewhere |= steps
+        self._unclaimed = (None, set())
 
     def _matches(self, sigmas: tuple[float, ...]) -> bool:
-        mine = self.plan.sigmas
-        # An image-to-image pipeline may hand over only the last part of the schedule.
-        self._offset = max(len(mine) - len(sigmas), 0)
-        tail = mine[self._offset :]
-        worst = max((abs(a - b) for a, b in zip(tail, sigmas, strict=False)), default=float("inf"))
-        if len(tail) == len(sigmas) > 1 and worst <= SIGMA_TOLERANCE:
+        self._position.offset, what = compare_sigmas(self.plan.sigmas, sigmas)
+        if what is None:
             return True
-        what = (
-            f"it has {len(sigmas) - 1} steps and the plan {len(mine) - 1}"
-            if len(sigmas) != len(mine)
-            else f"its sigmas differ from the plan's by up to {worst:.4g}"
-        )
         if self._on_mismatch == "error":
             raise ModelMismatchError(
                 f"this run follows another noise schedule than the plan: {what}. Run with the "
@@ -295,11 +273,16 @@ class PlanRun:
         return False
 
     def _begin_step(self, step: int) -> None:
-        if self._step >= 0:
-            self._finish_step(self._step)
-        self._step = step
-        self._steps_seen.add(step)
-        self._ordinals.clear()
+        before = self._position.step
+        if before >= 0:
+            self._finish_step(before)
+            if any(s not in self._record.steps_elsewhere for s in range(before + 1, step)):
+                # What is stored may belong to other steps than those that it was stored for: a
+                # scheduler that finds its own starting point tells it only after its first step.
+                self._note(f"the run jumped from step {before} to step {step}")
+                self._flush()
+        self._position.enter(step)
+        self._record.steps_seen.add(step)
         self._answered.clear()
         self._computed.clear()
 
@@ -312,27 +295,61 @@ class PlanRun:
     # -- the scheduler's step ------------------------------------------------------------------
 
     def _guided(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        del index, sample
-        self._steps_done += 1
-        step = self._step
-        if step < 0 or not (self._answered or self._computed):
-            # Another transformer of the pipeline, or a run that the plan does not control.
+        del sample
+        self._check_root()
+        position, record = self._position, self._record
+        called = position.under_way and bool(self._answered or self._computed)
+        position.stepped()
+        if not called:
+            self._stepped_elsewhere(index)
             return velocity
-        result = velocity
+        result, step = velocity, position.step
         if self._step_runner is not None:
-            self._velocity_bytes = velocity.nbytes
+            record.velocity_bytes = velocity.nbytes
             result = self._step_runner.guided(
                 step, velocity, frozenset(self._answered), frozenset(self._computed)
             )
-        self._peak_bytes = max(self._peak_bytes, self._held_bytes())
+        record.held(self._held_bytes())
         self._finish_step(step)
-        self._ordinals.clear()
         self._answered.clear()
         self._computed.clear()
-        self._ended = time.perf_counter()
+        record.stepped()
+        if step == self.plan.num_steps - 1:
+            self._warn_of_differences()
         return result
 
+    def _stepped_elsewhere(self, index: int) -> None:
+        """Another model of the pipeline made this step: an expert's plan has nothing to do here."""
+        if not self._position.under_way:
+            sigmas, steps = self._unclaimed
+            if sigmas is not self._scheduler.sigmas:
+                steps = set()
+            self._unclaimed = (self._scheduler.sigmas, steps | {index})
+        elif self._controlled:
+            step = index + self._position.offset
+            self._record.steps_elsewhere.add(step)
+            self._finish_step(step)
+
+    def _check_root(self) -> None:
+        """`torch.compile` of the whole transformer takes the place of the gate at its root."""
+        if vars(self._transformer).get("_compiled_call_impl") is self._root:
+            return
+        if self.plan.groups and is_compiled(self._transformer):
+            raise UnsupportedModelError(
+                f"the {type(self._transformer).__name__} was compiled as a whole while a plan was "
+                "on it: compile its blocks instead, with "
+                "layercache.runtime.compile_blocks(transformer)"
+            )
+        self._root.install()
+
     # -- bookkeeping ---------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """The run under way, if any, is over; what follows starts from nothing."""
+        self._position.end()
+        self._answered.clear()
+        self._computed.clear()
+        self._flush()
 
     def _held_bytes(self) -> int:
         held = sum(group.held_bytes for group in self._groups)
@@ -344,51 +361,20 @@ class PlanRun:
         if self._step_runner is not None:
             self._step_runner.flush(branch)
 
-    def _count(self, unit: str, computed: bool, branch: Branch) -> None:
-        seen = self._seen.setdefault(unit, {True: Counter(), False: Counter()})
-        seen[computed][branch] += 1
-
     def _note(self, problem: str) -> None:
-        self._problems[problem] += 1
+        self._record.problems[problem] += 1
 
-    def _warn(self, message: str) -> None:
+    def _warn(self, message: str, detail: str = "") -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"LayerCache: {message}", stacklevel=2)
+            text = f"{message}: {detail}" if detail else message
+            warnings.warn(f"LayerCache: {text}", stacklevel=2)
+
+    def _warn_of_differences(self) -> None:
+        report = self._record.report(self.plan, self._groups, self._step_runner, timed=False)
+        if report.warnings:
+            self._warn("a run differed from its plan; report() tells how", report.warnings[0])
 
     def report(self) -> RunReport:
         """What the latest run did, next to what the plan said."""
-        plan = self.plan
-        units = []
-        for unit in plan.units:
-            schedule = plan.schedules[unit.name]
-            seen = self._seen.get(unit.name, {True: Counter(), False: Counter()})
-            branches = sorted({*seen[True], *seen[False]}, key=lambda b: (b[0] or "", b[1]))
-            units.append(
-                UnitReport(
-                    name=unit.name,
-                    planned_computed=sum(schedule.refresh),
-                    planned_predicted=sum(schedule.cached),
-                    seen_computed={_label(b): seen[True][b] for b in branches},
-                    seen_predicted={_label(b): seen[False][b] for b in branches},
-                )
-            )
-        sizes = {g.name: sum(g.bytes_per_refresh.values()) for g in self._groups}
-        return RunReport(
-            steps_planned=plan.num_steps,
-            steps_seen=len(self._steps_seen),
-            units=tuple(units),
-            cache_bytes_planned=plan.cache_bytes(sizes, self._velocity_bytes, self._output_bytes),
-            cache_bytes_predicted=plan.predicted.cache_bytes,
-            cache_bytes_seen=self._peak_bytes,
-            seconds=self._ended - self._started,
-            runs=self._runs,
-            problems=dict(self._problems),
-        )
-
-
-def _label(branch: Branch) -> str:
-    name, ordinal = branch
-    if name is None:
-        return f"call {ordinal}"
-    return name if ordinal == 0 else f"{name} {ordinal}"
+        return self._record.report(self.plan, self._groups, self._step_runner)

@@ -28,16 +28,23 @@ class StepRunner:
         self._outputs: dict[Branch, Any] = {}
         self._guided: dict[int, Tensor] = {}
         self._callers: dict[int, frozenset[Branch]] = {}
+        self.bytes_per_output: dict[Branch, int] = {}
+        self.peak_guided_bytes = 0
+
+    def begin_run(self) -> None:
+        """Start counting bytes anew."""
+        self.bytes_per_output.clear()
+        self.peak_guided_bytes = 0
 
     @property
     def held_bytes(self) -> int:
         """Bytes of all tensors held now."""
-        return self.output_bytes + sum(v.nbytes for v in self._guided.values())
+        outputs = sum(tensor_bytes(output) for output in self._outputs.values())
+        return outputs + self._guided_bytes
 
     @property
-    def output_bytes(self) -> int:
-        """Bytes of the branches' last outputs that are held now."""
-        return sum(tensor_bytes(output) for output in self._outputs.values())
+    def _guided_bytes(self) -> int:
+        return sum(v.nbytes for v in self._guided.values())
 
     def answer(self, step: int, branch: Branch) -> Any:
         """What a skipped call returns, or None if the call has to be computed."""
@@ -54,7 +61,9 @@ class StepRunner:
         cached = self.schedule.cached
         if step + 1 < len(cached) and cached[step + 1]:
             # A copy, since pipelines may write into what the transformer returned to them.
-            self._outputs[branch] = copied(output)
+            kept = copied(output)
+            self._outputs[branch] = kept
+            self.bytes_per_output[branch] = tensor_bytes(kept)
 
     def guided(
         self, step: int, velocity: Tensor, answered: frozenset[Branch], computed: frozenset[Branch]
@@ -80,6 +89,7 @@ class StepRunner:
             if schedule.refresh[step] and schedule.last_use[step] > step:
                 self._guided[step] = velocity.detach().clone()
                 self._callers[step] = computed
+                self.peak_guided_bytes = max(self.peak_guided_bytes, self._guided_bytes)
             return result
         anchor = self._guided.get(schedule.anchor[step])
         base = self._guided.get(schedule.base[step]) if weight else None
@@ -87,7 +97,10 @@ class StepRunner:
             self._on_problem(f"step: what was stored for step {step} was lost within it")
             return velocity
         if computed or answered != self._callers[schedule.anchor[step]]:
+            # The pipeline calls otherwise from here on, so what is stored serves no later step.
             self._on_problem(f"step: the calls at step {step} are not those that it predicts from")
+            self._guided.clear()
+            self._callers.clear()
             return velocity
         return predict(anchor, base, weight).to(velocity)
 

@@ -156,6 +156,14 @@ def _wan() -> tuple[dict[str, Any], Inputs]:
     }  # fmt: skip
 
 
+def _wan_vace() -> tuple[dict[str, Any], Inputs]:
+    config, inputs = _wan()
+    return config | {"vace_layers": [0, 2], "vace_in_channels": 6}, inputs | {
+        "control_hidden_states": _noise(BATCH, 6, 2, 4, 4),
+        "control_hidden_states_scale": torch.tensor([0.8, 1.2]),
+    }
+
+
 def _ltx() -> tuple[dict[str, Any], Inputs]:
     config = {
         "in_channels": 4, "out_channels": 4, "num_attention_heads": HEADS,
@@ -377,6 +385,7 @@ BUILDERS: dict[str, Builder] = {
     "HunyuanVideo15Transformer3DModel": _hunyuan_video15,
     "HunyuanImageTransformer2DModel": _hunyuan_image,
     "WanTransformer3DModel": _wan,
+    "WanVACETransformer3DModel": _wan_vace,
     "LTXVideoTransformer3DModel": _ltx,
     "LTX2VideoTransformer3DModel": _ltx2,
     "Lumina2Transformer2DModel": _lumina2,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from layercache.models import adapter_for, model_fingerprint
 from layercache.models.adapters import blocks_of, read_outputs, read_streams, write_outputs
@@ -76,17 +77,25 @@ class LoopPipeline:
         uncond = self.call(sigma, latent, "uncond")
         return uncond + 2.0 * (cond - uncond)
 
+    def progress_bar(self, total: int) -> Any:
+        """As diffusers' pipelines have one around their loops."""
+        return tqdm(total=total, disable=True)
+
     @torch.no_grad()
-    def __call__(self, steps: int, start: int = 0) -> Tensor:
+    def __call__(self, steps: int, start: int = 0, leave_at: int | None = None) -> Tensor:
         self.scheduler.set_timesteps(steps)
         self.scheduler.set_begin_index(start)
         sigmas = sigmas_of(self.scheduler)
         latent: Tensor | None = None
-        for index, t in enumerate(self.scheduler.timesteps[start:], start):
-            velocity = self.velocity(sigmas[index], latent)
-            if latent is None:
-                latent = torch.linspace(-1.0, 2.0, velocity.numel())
-            latent = self.scheduler.step(velocity, t, latent, return_dict=False)[0]
+        with self.progress_bar(total=steps) as bar:
+            for index, t in enumerate(self.scheduler.timesteps[start:], start):
+                if index == leave_at and latent is not None:
+                    break
+                velocity = self.velocity(sigmas[index], latent)
+                if latent is None:
+                    latent = torch.linspace(-1.0, 2.0, velocity.numel()).reshape(velocity.shape)
+                latent = self.scheduler.step(velocity, t, latent, return_dict=False)[0]
+                bar.update()
         assert latent is not None
         return latent
 

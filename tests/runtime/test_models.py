@@ -35,7 +35,7 @@ def block_lists(pipe: LoopPipeline) -> dict[str, int]:
 
 def test_every_adapter_has_a_model_here() -> None:
     assert set(supported_models()) >= set(BUILDERS)
-    assert len(BUILDERS) == 24
+    assert len(BUILDERS) >= 24
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -1,0 +1,52 @@
+"""Group offloading where one offload group holds blocks on both sides of a plan group's border.
+
+diffusers' group offloading loads the weights of several blocks when the first of them is called and
+unloads them after the last. A skipped block makes no transfer, which is what one wants, unless its
+offload group also holds a block that is computed: then the skipped block still has to make it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+Transfers = dict[int, Callable[[], None]]
+"""Position in the block list to what a skip of that block still has to do."""
+
+_HOOK = "group_offloading"
+
+
+def shared_transfers(blocks: Sequence[nn.Module], first: int, stop: int) -> Transfers:
+    """The transfers that skipped blocks `first` to `stop - 1` owe to blocks outside of that range.
+
+    Args:
+        blocks: All blocks of the list.
+        first: The plan group's first position.
+        stop: One past its last.
+    """
+    inside = {id(block) for block in blocks[first:stop]}
+    found: Transfers = {}
+    for position in range(first, stop):
+        block = blocks[position]
+        registry: Any = getattr(block, "_diffusers_hook", None)
+        hook = registry.get_hook(_HOOK) if registry is not None else None
+        if hook is None or all(id(module) in inside for module in hook.group.modules):
+            continue
+        owed: list[Callable[[], None]] = []
+        if hook.group.onload_leader is block:
+            owed.append(hook.group.onload_)
+        if hook.group.offload_leader is block:
+            owed.append(hook.group.offload_)
+        if owed:
+            found[position] = _all(owed)
+    return found
+
+
+def _all(functions: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def call() -> None:
+        for function in functions:
+            function()
+
+    return call

@@ -1,0 +1,118 @@
+"""Where a run stands: which step and which branch a transformer call belongs to.
+
+Nothing is asked of the pipeline. A run begins when the scheduler has new sigmas. The step is the
+scheduler's own index; of a scheduler without one, the `step_index` that a `cache_context` tells, or
+else the count of its steps. (The scheduler goes first, since an image-to-image pipeline's loop
+counts from 0 where the scheduler does not.) A branch is the name of the `cache_context` that the
+call is made in, and the ordinal of the call under that name within one step.
+
+A run is over when the scheduler reached its end, when the pipeline's loop was left (by an exception
+or an interruption), or when the transformer raised; calls that follow belong to somebody else until
+the scheduler gets new sigmas.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from layercache.models.stepping import sigmas_of, step_index
+from layercache.runtime.groups import Branch
+
+SIGMA_TOLERANCE = 1e-4
+
+
+class Position:
+    """Reads the scheduler. `advance` is called once per transformer call."""
+
+    def __init__(self, scheduler: Any, plan_sigmas: tuple[float, ...]) -> None:
+        self.context: str | None = None
+        self.told: int | None = None
+        self.step = -1
+        self.offset = 0
+        self._scheduler = scheduler
+        self._sigmas: Any = None
+        # The training schedule, which a scheduler of diffusers has from the start, is no run.
+        self._training: Any = None
+        unset = getattr(scheduler, "num_inference_steps", None) is None
+        if unset and compare_sigmas(plan_sigmas, sigmas_of(scheduler))[1] is not None:
+            self._training = scheduler.sigmas
+        self._over = False
+        self._steps_done = 0
+        self._ordinals: Counter[str | None] = Counter()
+
+    def advance(self) -> tuple[bool, int] | None:
+        """Whether a run begins with this call, and the scheduler's step; None outside of runs."""
+        scheduler = self._scheduler
+        sigmas = scheduler.sigmas
+        begins = sigmas is not self._sigmas
+        if sigmas is self._training:
+            return None
+        index = self._index(begins)
+        # Some schedulers keep their sigmas from one run to the next.
+        begins = begins or index + self.offset < self.step
+        if not hasattr(scheduler, "_step_index") and self.told is None and index >= len(sigmas) - 1:
+            # Nothing but the count of its steps tells where such a scheduler stands.
+            begins, index = True, 0
+        if index >= len(sigmas) - 1 or (self._over and not begins):
+            return None
+        return begins, index
+
+    def begin(self) -> None:
+        """A run begins."""
+        self._sigmas = self._scheduler.sigmas
+        self.step, self._steps_done, self._over = -1, 0, False
+        self._ordinals.clear()
+
+    def enter(self, step: int) -> None:
+        """A step begins."""
+        self.step = step
+        self._ordinals.clear()
+
+    def branch(self) -> Branch:
+        """The branch of the call under way, counted."""
+        ordinal = self._ordinals[self.context]
+        self._ordinals[self.context] += 1
+        return (self.context, ordinal)
+
+    def stepped(self) -> None:
+        """The scheduler makes its step."""
+        self._steps_done += 1
+        self._ordinals.clear()
+
+    def resume(self) -> None:
+        """The pipeline opened another loop: a run that is not at its end may go on in it."""
+        self._over = False
+
+    def end(self) -> None:
+        """The run is over, whatever the scheduler says."""
+        self._over = True
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the scheduler is in the run that was begun last."""
+        return self._scheduler.sigmas is self._sigmas and not self._over
+
+    def _index(self, begins: bool) -> int:
+        if hasattr(self._scheduler, "_step_index"):
+            return step_index(self._scheduler)
+        if self.told is not None:
+            return self.told
+        return 0 if begins else self._steps_done
+
+
+def compare_sigmas(mine: tuple[float, ...], given: tuple[float, ...]) -> tuple[int, str | None]:
+    """How a run's noise levels (T+1) fit a plan's.
+
+    Returns:
+        The plan's step at which the run starts, since an image-to-image pipeline may hand over only
+        the last part of the schedule; and what differs, in words, or None.
+    """
+    offset = max(len(mine) - len(given), 0)
+    tail = mine[offset:]
+    worst = max((abs(a - b) for a, b in zip(tail, given, strict=False)), default=float("inf"))
+    if len(tail) == len(given) > 1 and worst <= SIGMA_TOLERANCE:
+        return offset, None
+    if len(given) != len(mine):
+        return offset, f"it has {len(given) - 1} steps and the plan {len(mine) - 1}"
+    return offset, f"its sigmas differ from the plan's by up to {worst:.4g}"

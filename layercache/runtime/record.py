@@ -1,0 +1,121 @@
+"""What the latest run did, as it happens; `RunReport` is what is shown of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from layercache.plan import Plan
+from layercache.runtime.groups import Branch, GroupRunner
+from layercache.runtime.report import RunReport, UnitReport
+from layercache.runtime.steps import StepRunner
+from layercache.runtime.timing import Mark, Stopwatch
+
+STEP = "step"
+
+
+class Record:
+    """Counts, bytes and times of one run, by unit and branch."""
+
+    def __init__(self, runs: int = 0) -> None:
+        self.runs = runs
+        self.problems: Counter[str] = Counter()
+        self.steps_seen: set[int] = set()
+        self.steps_elsewhere: set[int] = set()
+        self.peak_bytes = 0
+        self.velocity_bytes = 0
+        self._seen: dict[str, dict[Branch, Counter[bool]]] = {}
+        self._watches: dict[tuple[str, Branch, bool], Stopwatch] = {}
+        self._started = self._ended = time.perf_counter()
+
+    def count(
+        self, unit: str, branch: Branch, computed: bool, start: Mark = None, end: Mark = None
+    ) -> None:
+        """One call of a unit, computed or predicted, and between which marks."""
+        self._seen.setdefault(unit, {}).setdefault(branch, Counter())[computed] += 1
+        if start is not None and end is not None:
+            key = (unit, branch, computed)
+            self._watches.setdefault(key, Stopwatch()).add(start, end)
+
+    def held(self, size: int) -> None:
+        """So many bytes are held now."""
+        self.peak_bytes = max(self.peak_bytes, size)
+
+    def stepped(self) -> None:
+        """A step was made."""
+        self._ended = time.perf_counter()
+
+    def report(
+        self,
+        plan: Plan,
+        groups: list[GroupRunner],
+        step_runner: StepRunner | None,
+        timed: bool = True,
+    ) -> RunReport:
+        """Next to what the plan said. Times wait for the device; `timed=False` leaves them out."""
+        sizes = {group.name: group.bytes_per_refresh for group in groups}
+        peaks = {group.name: group.peak_bytes for group in groups}
+        outputs = {} if step_runner is None else step_runner.bytes_per_output
+        planned = plan.cache_bytes(
+            {name: sum(by_branch.values()) for name, by_branch in sizes.items()},
+            self.velocity_bytes,
+            sum(outputs.values()),
+        )
+        units = []
+        for unit in plan.units:
+            seen = self._seen.get(unit.name, {})
+            branches = sorted(seen, key=lambda b: (b[0] or "", b[1]))
+            schedule = plan.schedules[unit.name]
+            steps = [s for s in range(plan.num_steps) if s not in self.steps_elsewhere]
+            many = max(schedule.stored_at(s) for s in range(plan.num_steps))
+            if unit.kind == "group":
+                size, peak = sizes[unit.name], peaks[unit.name]
+                bytes_planned = {label(b): many * size.get(b, 0) for b in branches}
+                bytes_seen = {label(b): peak.get(b, 0) for b in branches}
+            else:
+                # One output a branch at a time, and the guided outputs, which all branches share.
+                bytes_planned = {label(b): outputs.get(b, 0) for b in branches}
+                bytes_seen = dict(bytes_planned)
+                bytes_planned["guided"] = many * self.velocity_bytes
+                bytes_seen["guided"] = 0 if step_runner is None else step_runner.peak_guided_bytes
+            units.append(
+                UnitReport(
+                    name=unit.name,
+                    planned_computed=sum(schedule.refresh[s] for s in steps),
+                    planned_predicted=sum(schedule.cached[s] for s in steps),
+                    seen_computed={label(b): seen[b][True] for b in branches},
+                    seen_predicted={label(b): seen[b][False] for b in branches},
+                    bytes_planned=bytes_planned,
+                    bytes_seen=bytes_seen,
+                    seconds_computed={
+                        label(b): self._time(unit.name, b, True, timed) for b in branches
+                    },
+                    seconds_predicted={
+                        label(b): self._time(unit.name, b, False, timed) for b in branches
+                    },
+                )
+            )
+        return RunReport(
+            steps_planned=plan.num_steps,
+            steps_seen=len(self.steps_seen),
+            steps_elsewhere=len(self.steps_elsewhere),
+            units=tuple(units),
+            cache_bytes_planned=planned,
+            cache_bytes_predicted=plan.predicted.cache_bytes,
+            cache_bytes_seen=self.peak_bytes,
+            seconds=self._ended - self._started,
+            runs=self.runs,
+            problems=dict(self.problems),
+        )
+
+    def _time(self, unit: str, branch: Branch, computed: bool, timed: bool) -> float:
+        watch = self._watches.get((unit, branch, computed))
+        return watch.seconds if timed and watch is not None else 0.0
+
+
+def label(branch: Branch) -> str:
+    """A branch for people: `cond`, or `call 0` where the pipeline gave no name."""
+    name, ordinal = branch
+    if name is None:
+        return f"call {ordinal}"
+    return name if ordinal == 0 else f"{name} {ordinal}"
