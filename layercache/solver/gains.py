@@ -4,11 +4,12 @@ Errors along a trajectory add up as vectors. With the schedule fixed, the error 
 final latent collects is affine in all gains,
 
     E_p(gamma) = sum over cached cells of    dsigma_t [D_a + gamma c (D_a - D_b)]
-               + sum over run steps t > 0 of dsigma_t gamma (v_t - v_previous),
+               + sum over later run steps of     dsigma_t gamma (v_t - v_previous),
 
 with c = (sigma_t - sigma_a) / (sigma_a - sigma_b). The second sum holds *corrections*: the step
-unit may add a multiple of its own last change at a computed step, and so pay back errors made
-before (a linear multistep method). Write E_p = e_p + A_p^T gamma. *Trajectory gains* minimise
+unit may add a multiple of its own last change at a computed step after the first cached one, and so
+pay back errors made before (a linear multistep method). Write E_p = e_p + A_p^T gamma.
+*Trajectory gains* minimise
 
     sum_p ||e_p + A_p^T gamma||^2 + ridge * sum_k d_k (gamma_k - gamma0_k)^2,
 
@@ -275,12 +276,18 @@ def _assemble(
 
 
 def _moves(schedules: Sequence[UnitSchedule]) -> list[tuple[int, int, int]]:
-    """(unit, step, previous) of every run step that may carry a correction."""
+    """(unit, step, previous) of every run step that may carry a correction.
+
+    None before the first cached cell: nothing has gone wrong yet, and an error made in advance
+    would only have longer to grow.
+    """
+    first = min(int(np.flatnonzero(s.cached)[0]) for s in schedules if s.cached.any())
     found = []
     for unit, schedule in enumerate(schedules):
         if schedule.name == STEP_NAME:
             refreshes = np.flatnonzero(schedule.refresh).tolist()
-            found += [(unit, step, before) for before, step in itertools.pairwise(refreshes)]
+            pairs = itertools.pairwise(refreshes)
+            found += [(unit, step, before) for before, step in pairs if step > first]
     return found
 
 

@@ -154,7 +154,7 @@ class StepPolish:
         done: list[int] = []
         for step in range(steps):
             if run[step]:
-                if done:
+                if done and len(done) < step:
                     moves.append((step, done[-1]))
                 done.append(step)
                 continue
