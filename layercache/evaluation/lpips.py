@@ -10,10 +10,12 @@ needed; the weights are the published ones, in two files of one folder:
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from layercache.errors import LayerCacheError
@@ -21,53 +23,35 @@ from layercache.errors import LayerCacheError
 FILES = ("alexnet.pth", "lpips.pth")
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
-# Position in torchvision's `features`, then in and out channels, kernel, stride, padding, and
-# whether a pooling layer stands before it.
-_LAYERS = (
-    (0, 3, 64, 11, 4, 2, False),
-    (3, 64, 192, 5, 1, 2, True),
-    (6, 192, 384, 3, 1, 1, True),
-    (8, 384, 256, 3, 1, 1, False),
-    (10, 256, 256, 3, 1, 1, False),
-)
+# Position in torchvision's `features`, stride, padding, and whether a pooling layer stands before.
+_LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
 _SMALLEST = 64
 
 
-class Lpips(nn.Module):
-    """The metric with loaded weights."""
+@dataclass(frozen=True, eq=False)
+class Lpips:
+    """The metric with loaded weights: one kernel, bias and channel weight a layer."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, kernel, stride, padding) for _, i, o, kernel, stride, padding, _ in _LAYERS
-        )
-        self.weights = nn.ParameterList(torch.zeros(1, layer[2], 1, 1) for layer in _LAYERS)
+    kernels: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    channels: tuple[Tensor, ...]
 
-    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, references: Tensor) -> Tensor:
         """(N,) distance of images (N, 3, H, W) in [0, 1]; 0 for equal ones.
 
         Images below 64 pixels are enlarged first: AlexNet's pooling leaves nothing of them.
         """
         total = torch.zeros(len(images))
-        a, b = self._prepared(images), self._prepared(references)
-        for layer, convolution, weight in zip(
-            _LAYERS, self.convolutions, self.weights, strict=True
+        a, b = _prepared(images), _prepared(references)
+        for layer, kernel, bias, weight in zip(
+            _LAYERS, self.kernels, self.biases, self.channels, strict=True
         ):
-            if layer[-1]:
+            _, stride, padding, pooled = layer
+            if pooled:
                 a, b = (functional.max_pool2d(x, 3, 2) for x in (a, b))
-            a, b = convolution(a).relu(), convolution(b).relu()
-            difference = (_unit(a) - _unit(b)).pow(2)
-            total = total + (difference * weight).sum(1).mean((1, 2))
+            a, b = (functional.conv2d(x, kernel, bias, stride, padding).relu() for x in (a, b))
+            total = total + ((_unit(a) - _unit(b)).pow(2) * weight).sum(1).mean((1, 2))
         return total
-
-    def _prepared(self, images: Tensor) -> Tensor:
-        small = min(images.shape[2:])
-        if small < _SMALLEST:
-            images = functional.interpolate(
-                images, scale_factor=_SMALLEST / small, mode="bilinear", align_corners=False
-            )
-        shift, scale = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (_SHIFT, _SCALE))
-        return (images.clamp(0, 1) * 2 - 1 - shift) / scale
 
 
 def load_lpips(folder: Path) -> Lpips:
@@ -83,20 +67,33 @@ def load_lpips(folder: Path) -> Lpips:
                 f"{' and '.join(FILES)} (they are never downloaded)"
             )
     try:
-        alexnet, linear = (torch.load(folder / name, weights_only=True) for name in FILES)
-        model = Lpips()
-        with torch.no_grad():
-            for index, (layer, convolution) in enumerate(
-                zip(_LAYERS, model.convolutions, strict=True)
-            ):
-                convolution.weight.copy_(alexnet[f"features.{layer[0]}.weight"])
-                convolution.bias.copy_(alexnet[f"features.{layer[0]}.bias"])
-                model.weights[index].copy_(linear[f"lin{index}.model.1.weight"])
-    except (KeyError, RuntimeError, OSError, ValueError) as error:
+        alexnet, linear = (
+            torch.load(folder / name, weights_only=True, map_location="cpu") for name in FILES
+        )
+        metric = Lpips(
+            kernels=tuple(alexnet[f"features.{layer[0]}.weight"].float() for layer in _LAYERS),
+            biases=tuple(alexnet[f"features.{layer[0]}.bias"].float() for layer in _LAYERS),
+            channels=tuple(
+                linear[f"lin{index}.model.1.weight"].float() for index in range(len(_LAYERS))
+            ),
+        )
+        metric(torch.zeros(1, 3, _SMALLEST, _SMALLEST), torch.zeros(1, 3, _SMALLEST, _SMALLEST))
+    except (KeyError, RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise LayerCacheError(
-            f"LPIPS is skipped: {folder} holds no weights of AlexNet and LPIPS v0.1 ({error})"
+            f"LPIPS is skipped: {folder} holds no weights of AlexNet and LPIPS v0.1 "
+            f"({type(error).__name__}: {error})"
         ) from error
-    return model.eval().requires_grad_(False)
+    return metric
+
+
+def _prepared(images: Tensor) -> Tensor:
+    height, width = images.shape[2:]
+    if min(height, width) < _SMALLEST:
+        factor = _SMALLEST / min(height, width)
+        size = (round(height * factor), round(width * factor))
+        images = functional.interpolate(images, size, mode="bilinear", align_corners=False)
+    shift, scale = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (_SHIFT, _SCALE))
+    return (images.clamp(0, 1) * 2 - 1 - shift) / scale
 
 
 def _unit(features: Tensor) -> Tensor:

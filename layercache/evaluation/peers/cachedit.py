@@ -4,12 +4,13 @@ Source: https://github.com/vipshop/cache-dit. The first Fn blocks run at every s
 residual changes less than a threshold, the others are replaced by their last residual, or by its
 Taylor extrapolation. A static mask says instead which steps are computed.
 
-It is an optional extra (`pip install 'layercache-flow[peers]'`). It patches the pipeline's class for
-as long as it is attached.
+It is an optional extra (`pip install 'layercache-flow[peers]'`). It patches the pipeline's class
+for as long as it is attached.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ class CacheDit:
 
     Attributes:
         name: As it stands in the table.
-        threshold: Largest relative change of the first blocks' residual at which the rest is cached.
+        threshold: Largest relative change of the first blocks' residual that still caches.
         first_blocks: Fn, blocks computed at every step.
         warm_up: Steps at the start that are always computed.
         taylor_order: 0 repeats the last residual; above, it is extrapolated.
@@ -82,7 +83,7 @@ def load_cache_dit() -> Any:
         LayerCacheError: It is not installed, or cannot be imported.
     """
     try:
-        import cache_dit
+        cache_dit: Any = importlib.import_module("cache_dit")
     except Exception as error:  # It imports compiled and distributed parts that may fail anyhow.
         raise LayerCacheError(
             f"cache-dit cannot be imported ({type(error).__name__}: {error}); "

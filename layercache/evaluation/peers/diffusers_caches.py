@@ -108,8 +108,11 @@ def mag_ratios(pipe: Any, batch: Batch, steps: int) -> tuple[float, ...]:
         contextlib.redirect_stdout(printed),
     ):
         run_pipeline(pipe, batch)
-    curves = [json.loads(line) for line in printed.getvalue().splitlines() if line[:1] == "["
-              and line[:10] != "[MagCache]"]
+    curves = [
+        json.loads(line)
+        for line in printed.getvalue().splitlines()
+        if line[:1] == "[" and line[:10] != "[MagCache]"
+    ]
     if not curves or any(len(curve) != steps for curve in curves):
         raise LayerCacheError(
             f"diffusers' MagCache calibration printed {len(curves)} curves, none or not all of "

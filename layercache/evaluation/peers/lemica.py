@@ -1,15 +1,14 @@
 """LeMiCa-like: the schedule whose worst reused stretch does the least harm to the final output.
 
 Source: Gao et al., "LeMiCa: Lexicographic Minimax Path Caching for Efficient Diffusion-Based Video
-Generation",
-NeurIPS 2025, arXiv 2511.00090. Edges of a graph over steps are reused stretches, weighed by the error
-that each alone makes in the final output; the path with at most B edges is chosen whose largest
-weight is least, and among those the one with the least sum.
+Generation", NeurIPS 2025, arXiv 2511.00090. Edges of a graph over steps are reused stretches,
+weighed by the error that each alone makes in the final output; the path with at most B edges is
+chosen whose largest weight is least, and among those the one with the least sum.
 
-Deviations: the paper runs every edge to the end. Here the displacement that an edge makes is measured
-on full-compute trajectories, and its growth until the end by runs from a few probe steps
-(`calibration.propagation`), so that an edge's weight is displacement times growth. The guided velocity
-is reused instead of the blocks' residual, which makes a reused step free.
+Deviations: the paper runs every edge to the end. Here the displacement that an edge makes is
+measured on full-compute trajectories, and its growth until the end by runs from a few probe steps
+(`calibration.propagation`), so that an edge's weight is displacement times growth. The guided
+velocity is reused instead of the blocks' residual, which makes a reused step free.
 """
 
 from __future__ import annotations

@@ -13,15 +13,16 @@ step-level cache that predicts linearly can represent more.
 Deviation: the paper trains nodes and coefficients by gradients through the model, for some thousand
 steps on hundreds of image pairs. Here nodes come from a search on the recorded trajectories, and
 coefficients from ridge least squares, row by row and in closed loop: the solver runs on all
-calibration prompts at once, row i is fitted to the true state at t_{i+1} from the velocities that the
-solver itself has met, and the run goes on from the state that the row gives. Errors made before are
-thus seen, and paid back, by later rows. The ridge pulls towards the second-order Adams-Bashforth
-step and is chosen by leaving one prompt out; prompts are weighted by the inverse of their squared
-error, so that the fit minimises the mean of decibels, as the paper's loss does.
+calibration prompts at once, row i is fitted to the true state at t_{i+1} from the velocities that
+the solver itself has met, and the run goes on from the state that the row gives. Errors made before
+are thus seen, and paid back, by later rows. The ridge pulls towards the second-order step of Adams
+and Bashforth and is chosen by leaving one prompt out; prompts are weighted by the inverse of their
+squared error, so that the fit minimises the mean of decibels, as the paper's loss does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -139,14 +140,14 @@ def fit_row(basis: Array, target: Array, prior: Array) -> Array:
         target: (P, N).
         prior: (K,) coefficients that the ridge pulls towards.
 
-    The fit is done in backward differences of the velocities, whose sizes fall with their order, and
-    each difference is penalised in units of its own size: a high order is as free as a low one.
+    The fit is done in backward differences of the velocities, whose sizes fall with their order,
+    and each is penalised in units of its own size: a high order is as free as a low one.
     """
     size = basis.shape[1]
     transform = np.zeros((size, size))
     transform[0, 0] = 1.0
     for order in range(size - 1):  # row 1 + order: the backward difference of that order
-        signs = [(-1.0) ** k * _choose(order, k) for k in range(order + 1)]
+        signs = [(-1.0) ** k * math.comb(order, k) for k in range(order + 1)]
         transform[1 + order, size - 1 - order :] = signs[::-1]
     differences = np.einsum("kl,pln->pkn", transform, basis)
     rest = target - np.einsum("k,pkn->pn", prior, basis)
@@ -165,7 +166,8 @@ def fit_row(basis: Array, target: Array, prior: Array) -> Array:
         weights = 1 / np.maximum(left, _floor(left))
     if _left_out(gram, right, square, weights, ridge) >= np.log(np.maximum(square, 1e-30)).mean():
         return prior  # on prompts left out the fit does no good
-    return prior + (solution / scale) @ transform
+    result: Array = prior + (solution / scale) @ transform
+    return result
 
 
 def _floor(errors: Array) -> float:
@@ -198,13 +200,8 @@ def _solve(gram: Array, right: Array, weights: Array, ridge: float) -> Array:
 def _errors(gram: Array, right: Array, square: Array, solution: Array) -> Array:
     """(P,) mean squared error of each prompt."""
     explained = 2 * right @ solution - np.einsum("k,pkl,l->p", solution, gram, solution)
-    return np.maximum(square - explained, 0.0)
-
-
-def _choose(n: int, k: int) -> float:
-    from math import comb
-
-    return float(comb(n, k))
+    result: Array = np.maximum(square - explained, 0.0)
+    return result
 
 
 def _walk(nodes: Sequence[int], sigmas: Sequence[float], row_of: Any) -> StepFunction:

@@ -4,9 +4,10 @@ Source: "SeaCache", arXiv 2602.18993: the transformer's blocks are replaced by t
 or its extrapolation, while the latent, filtered by the signal that its noise level leaves visible,
 changes less than a threshold in all.
 
-diffusers 0.42 feeds it for Cosmos 3 and Wan only. `QwenImagePipeline` enters `cache_context` without
-a step or a sigma, and then SeaCache computes everything. Its generic path asks for two things, which
-are given here: the context's fields, read from the scheduler, and the latents as pictures.
+diffusers 0.42 feeds it for Cosmos 3 and Wan only. `QwenImagePipeline` enters `cache_context`
+without a step or a sigma, and then SeaCache computes everything. Its generic path asks for two
+things, which are given here: the context's fields, read from the scheduler, and the latents as
+pictures.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class SeaCache:
 def packed_latents(
     module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Tensor] | None:
-    """Each latent of a Qwen-Image call as (C, 1, H, W): 2 x 2 patches of C / 4 channels, unpacked."""
+    """Each latent of a Qwen-Image call as (C, 1, H, W), its 2 x 2 patches unpacked."""
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     shapes = kwargs.get("img_shapes")
     if hidden is None or not shapes:
