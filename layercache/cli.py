@@ -293,6 +293,13 @@ def evaluate(
 @click.option("--quick", is_flag=True, help="Few prompts and settings; a few minutes.")
 @click.option("--methods", help="Only these methods, with commas between; the default is all.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="Read times from processor time on a machine that others use as well.",
+)
 @click.option("--lpips", type=FOLDER, help="Folder with LPIPS weights (never downloaded).")
 @click.option("--results", type=FOLDER, help="Folder for RESULTS.md and results.json.")
 @click.option("--ablation", is_flag=True, help="Compare LayerCache's own parts instead.")
@@ -310,6 +317,7 @@ def bench(
     quick: bool,
     methods: str | None,
     rounds: int,
+    clock: Any,
     lpips: Path | None,
     results: Path | None,
     ablation: bool,
@@ -343,6 +351,7 @@ def bench(
         weights=weights,
         lpips=lpips,
         results=results,
+        clock=clock,
         log=_log,
         progress=_progress(),
     )

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+WIDEST = 1.5
+"""Neighbouring settings further apart in speed than this factor are not read between."""
+
 
 @dataclass(frozen=True, eq=False)
 class Point:
@@ -98,14 +101,16 @@ def read_at(points: Sequence[Point], target: float) -> Reading | None:
 
         value(s) = (1 - w) value_a + w value_b,   w = log(s / s_a) / log(s_b / s_a).
 
-    There is no extrapolation. For PSNR this says that the error falls as a power of the speed.
+    For PSNR this says that the error is a power of the speed. There is no extrapolation, and no
+    reading where the neighbours are more than a factor of `WIDEST` apart: curves bend, and a line
+    over a long stretch would flatter.
 
     Example:
         >>> slow = Point("slow", 1.0, 1.0, {"psnr": np.array([60.0])})
-        >>> fast = Point("fast", 4.0, 0.25, {"psnr": np.array([40.0])})
-        >>> read_at([slow, fast], 2.0).mean()
+        >>> fast = Point("fast", 1.44, 0.7, {"psnr": np.array([40.0])})
+        >>> round(read_at([slow, fast], 1.2).mean(), 6)
         50.0
-        >>> read_at([slow, fast], 5.0) is None
+        >>> read_at([slow, fast], 1.5) is None
         True
     """
     front = pareto_front(points)
@@ -114,6 +119,8 @@ def read_at(points: Sequence[Point], target: float) -> Reading | None:
     if not before or not after:
         return None
     a, b = before[-1], after[0]
+    if b.speedup > WIDEST * a.speedup:
+        return None
     weight = 0.0 if a is b else math.log(target / a.speedup) / math.log(b.speedup / a.speedup)
     promised = None
     if a.predicted_speedup is not None and b.predicted_speedup is not None:

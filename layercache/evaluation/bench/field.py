@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from layercache.compile import Options, compile_plan, pareto
 from layercache.errors import BudgetError, LayerCacheError
 from layercache.evaluation.bench.inputs import PUBLISHED_GROUPS, Inputs
@@ -33,6 +35,7 @@ from layercache.evaluation.peers.diffusers_caches import (
 )
 from layercache.evaluation.peers.dpcache import Abscissa, key_steps, step_errors
 from layercache.evaluation.peers.lemica import final_errors, minimax_steps
+from layercache.evaluation.peers.nodes import NodeSearch
 from layercache.evaluation.peers.seacache import SeaCache
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.plan import Budget, Plan
@@ -114,21 +117,25 @@ def _mean_cache(inputs: Inputs) -> list[Entrant]:
         Entrant("meancache", f"{count} steps, schedule {rank}", MeanCache(edges, inputs.sigmas))
         for count in inputs.fresh_steps
         for rank, edges in enumerate(
-            mean_cache_schedules(inputs.trajectories, count)[: _some(inputs, 6)]
+            mean_cache_schedules(inputs.trajectories, count)[: _some(inputs, 3)]
         )
     ]
 
 
 def _non_stationary(inputs: Inputs) -> list[Entrant]:
     errors = step_errors(inputs.trajectories, "sigma")
+    growth = inputs.stats().propagation.astype(np.float64)
+    grown = NodeSearch(inputs.trajectories, growth)
+    alike = NodeSearch(inputs.trajectories, np.ones_like(growth))
     entrants = []
     for count in inputs.fresh_steps:
+        mean = MeanCache(mean_cache_schedules(inputs.trajectories, count)[0], inputs.sigmas)
+        even = uniform_steps(inputs.scenario.steps, count)
+        starts = [key_steps(errors, count, power=2.0), _nodes(mean.fresh), _nodes(even)]
         searched = {
-            _nodes(uniform_steps(inputs.scenario.steps, count)): "even nodes",
-            key_steps(errors, count, power=2.0): "nodes by second-order errors",
-            _nodes(
-                MeanCache(mean_cache_schedules(inputs.trajectories, count)[0], inputs.sigmas).fresh
-            ): "nodes by mean velocity",
+            starts[0]: "nodes by second-order errors",
+            alike.best(starts): "nodes by search",
+            grown.best(starts): "nodes by search, growth counted",
         }
         for nodes, name in list(searched.items())[-_some(inputs, 3) :]:
             entrants.append(
@@ -150,11 +157,14 @@ def fitted_solver(inputs: Inputs, nodes: Sequence[int]) -> NonStationary:
 
 
 def _dp_cache(inputs: Inputs) -> list[Entrant]:
-    kinds: tuple[Abscissa, ...] = ("sigma", "step")
+    kinds: tuple[tuple[Abscissa, tuple[float, ...]], ...] = (
+        ("sigma", (1.0, 2.0)),
+        ("step", (1.0,)),
+    )
     entrants: dict[tuple[Any, ...], Entrant] = {}
-    for kind in kinds:
+    for kind, powers in kinds:
         errors = step_errors(inputs.trajectories, kind)
-        for count, power in itertools.product(inputs.fresh_steps, (1.0, 2.0)):
+        for count, power in itertools.product(inputs.fresh_steps, powers):
             keys = key_steps(errors, count, power)
             entrants.setdefault(
                 (keys, kind),
@@ -208,7 +218,7 @@ def _mag_cache(inputs: Inputs) -> list[Entrant]:
         steps,
         lambda: mag_ratios(inputs.pipe, inputs.calibration, steps),
     )
-    grid = itertools.product((0.1, 0.2), (1, 2, 4, 6), (0.02, 0.06, 0.12, 0.24, 0.5))
+    grid = itertools.product((0.1, 0.2), (1, 3, 5), (0.03, 0.08, 0.16, 0.35))
     return [
         Entrant(
             "magcache",
@@ -220,7 +230,7 @@ def _mag_cache(inputs: Inputs) -> list[Entrant]:
 
 
 def _taylor_seer(inputs: Inputs) -> list[Entrant]:
-    grid = itertools.product(("lite", "blocks"), (1, 2), (2, 3, 4, 5, 6, 8))
+    grid = itertools.product(("lite", "blocks"), (1, 2), (2, 3, 4, 5, 6))
     return [
         Entrant(
             "taylorseer",
@@ -232,7 +242,7 @@ def _taylor_seer(inputs: Inputs) -> list[Entrant]:
 
 
 def _sea_cache(inputs: Inputs) -> list[Entrant]:
-    grid = itertools.product((0, 1), (2, 0), (0.02, 0.04, 0.07, 0.11, 0.16, 0.25, 0.4))
+    grid = itertools.product((0, 1), (2, 0), (0.03, 0.05, 0.08, 0.13, 0.2, 0.35))
     return [
         Entrant(
             "seacache",
@@ -255,17 +265,16 @@ def _cache_dit(inputs: Inputs, name: str, orders: Sequence[int]) -> Iterator[Ent
     _require_cache_dit()
     thresholds = (0.02, 0.04, 0.08, 0.12, 0.18, 0.27, 0.4)
     blocks = (1, 8) if len(orders) == 1 else (1,)
-    grid = itertools.product(orders, blocks, (4, 8), thresholds)
-    for order, first, warm_up, threshold in _thinned(inputs, list(grid)):
+    grid = itertools.product(orders, blocks, thresholds)
+    for order, first, threshold in _thinned(inputs, list(grid)):
         yield Entrant(
             name,
-            f"threshold {threshold:g}, F{first}, warm-up {warm_up}"
-            + (f", order {order}" if order else ""),
+            f"threshold {threshold:g}, F{first}" + (f", order {order}" if order else ""),
             CacheDit(
                 name,
                 threshold=threshold,
                 first_blocks=first,
-                warm_up=warm_up,
+                warm_up=4,
                 taylor_order=order,
                 branches=inputs.scenario.branches,
             ),

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,14 +20,16 @@ from layercache.calibration.prompts import Batch
 from layercache.evaluation.bench.equal_speed import Curve, Point
 from layercache.evaluation.bench.field import Entrant
 from layercache.evaluation.bench.store import Store
-from layercache.evaluation.latency import run_once
+from layercache.evaluation.latency import Run, timed_run
 from layercache.evaluation.lpips import Lpips
 from layercache.evaluation.methods import Uncached
 from layercache.evaluation.metrics import fidelity, ms_ssim
 from layercache.evaluation.work import PeakMemory
 from layercache.stats import write_atomically
 
-BLOCK = 4
+Clock = Literal["wall", "cpu"]
+
+BLOCK = 6
 """Settings between two uncached runs."""
 
 SHOWN = 3
@@ -42,6 +44,8 @@ class Measuring:
         store: Where results are kept.
         batches: The held-out prompts.
         rounds: Timed runs of each setting and batch.
+        clock: "wall", or "cpu" for a machine that others use as well: processor time counts what
+            this process did, whoever else was served in between.
         lpips: The metric, where its weights are at hand.
         on_failure: Called with a family and what went wrong when a foreign method fails.
         foreign: Families whose failure is reported instead of raised.
@@ -54,13 +58,14 @@ class Measuring:
         batches: Sequence[Batch],
         *,
         rounds: int = 1,
+        clock: Clock = "wall",
         lpips: Lpips | None = None,
         foreign: frozenset[str] = frozenset(),
         on_failure: Callable[[str, Exception], None] = lambda family, error: None,
         tick: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.pipe, self.store, self.batches = pipe, store, batches
-        self.rounds, self.lpips, self.tick = rounds, lpips, tick
+        self.rounds, self.clock, self.lpips, self.tick = rounds, clock, lpips, tick
         self.foreign, self.on_failure = foreign, on_failure
         self.failed: set[str] = set()
 
@@ -79,49 +84,52 @@ class Measuring:
         return self.store.path(title, entrant.method, self.batches[batch].ids, self.rounds > 1)
 
     def _batch(self, entrants: Sequence[Entrant], batch: Batch, number: int, round_: int) -> None:
-        run_once(self.pipe, Uncached(), batch)  # warm-up
-        reference, before = run_once(self.pipe, Uncached(), batch)
+        timed_run(self.pipe, Uncached(), batch)  # warm-up
+        before = timed_run(self.pipe, Uncached(), batch)
+        reference = before.images
         if number == 0 and round_ == 0:
             self._keep(self.store.path("uncached images", suffix=".npy"), reference)
         for start in range(0, len(entrants), BLOCK):
             block = entrants[start : start + BLOCK]
             ran = [(entrant, self._one(entrant, batch)) for entrant in block]
-            _, after = run_once(self.pipe, Uncached(), batch)
+            after = timed_run(self.pipe, Uncached(), batch)
             for entrant, result in ran:
                 if result is not None:
-                    images, seconds, peak = result
+                    run, peak = result
                     path = self.path(entrant, number, round_)
                     if number == 0 and round_ == 0:
-                        self._keep(path.with_suffix(".npy"), images)
+                        self._keep(path.with_suffix(".npy"), run.images)
                     value = {
                         "method": entrant.family,
                         "setting": entrant.label,
                         "compute_share": entrant.method.compute_share,
                         "predicted_speedup": entrant.method.predicted_speedup,
-                        "seconds": seconds,
-                        "uncached_seconds": (before + after) / 2,
+                        "seconds": run.seconds,
+                        "cpu_seconds": run.cpu_seconds,
+                        "uncached_seconds": (before.seconds + after.seconds) / 2,
+                        "uncached_cpu_seconds": (before.cpu_seconds + after.cpu_seconds) / 2,
                         "peak_bytes": peak,
                         "prompts": list(batch.ids),
-                        **self._fidelity(images, reference),
+                        **self._fidelity(run.images, reference),
                     }
                     self.store.write(path, value)
             self.tick(len(block))
             before = after
 
-    def _one(self, entrant: Entrant, batch: Batch) -> tuple[Tensor, float, int | None] | None:
+    def _one(self, entrant: Entrant, batch: Batch) -> tuple[Run, int | None] | None:
         if entrant.family in self.failed:
             return None
         memory = PeakMemory()
         memory.start()
         try:
-            images, seconds = run_once(self.pipe, entrant.method, batch)
+            run = timed_run(self.pipe, entrant.method, batch)
         except Exception as error:
             if entrant.family not in self.foreign:
                 raise
             self.failed.add(entrant.family)
             self.on_failure(entrant.family, error)
             return None
-        return images, seconds, memory.stop()
+        return run, memory.stop()
 
     def _fidelity(self, images: Tensor, reference: Tensor) -> dict[str, list[float] | None]:
         close = fidelity(images, reference)
@@ -161,23 +169,26 @@ class Measuring:
         peaks = [result["peak_bytes"] for result in every]
         return Point(
             label=entrant.label,
-            speedup=statistics.median(r["uncached_seconds"] / r["seconds"] for r in every),
+            speedup=statistics.median(self._ratio(result) for result in every),
             compute_share=entrant.method.compute_share,
             values=values,
             predicted_speedup=entrant.method.predicted_speedup,
             peak_bytes=None if None in peaks else max(peaks),
         )
 
-    def uncached_seconds(self, entrants: Sequence[Entrant]) -> float:
-        """Median time of an uncached batch over the whole measurement."""
-        seconds = [
+    def _ratio(self, result: Mapping[str, float]) -> float:
+        name = "seconds" if self.clock == "wall" else "cpu_seconds"
+        return result[f"uncached_{name}"] / result[name]
+
+    def uncached_seconds(self, entrants: Sequence[Entrant]) -> list[float]:
+        """Wall-clock time of an uncached batch beside each result, sorted."""
+        return sorted(
             float(self.store.read(self.path(entrant, number, round_))["uncached_seconds"])
             for entrant in entrants
             if entrant.family not in self.failed
             for number in range(len(self.batches))
             for round_ in range(self.rounds)
-        ]
-        return statistics.median(seconds)
+        )
 
     def images(self, entrant: Entrant) -> Tensor:
         """(SHOWN, C, H, W) first images of a setting."""

@@ -107,5 +107,5 @@ class BenchSize:
 
 
 QUICK = BenchSize(
-    calibration=4, validation=2, held_out=4, batch=4, lags=4, targets=(1.37, 2.0, 3.0), grid=0.2
+    calibration=4, validation=2, held_out=4, batch=4, lags=3, targets=(1.37, 2.0), grid=0.1
 )

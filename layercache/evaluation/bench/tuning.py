@@ -16,10 +16,11 @@ from layercache.evaluation.bench.field import Entrant, with_share
 from layercache.evaluation.bench.inputs import Inputs
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import Method, Uncached
-from layercache.evaluation.metrics import psnr
+from layercache.evaluation.metrics import PSNR_CEILING_DB, psnr
 from layercache.evaluation.work import counted_work
 
 _OVERHEAD = (1.25, 1.5)
+_EVERYTHING = 0.995
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,14 @@ def chosen(trials: Sequence[Trial], shares: Sequence[float], foreign: bool) -> l
 
     For every share of compute that methods with a budget are swept over, the entrant of the front
     whose own share is nearest goes on. Foreign methods get two lower shares more, since their
-    overhead makes them slower than their share says.
+    overhead makes them slower than their share says. A setting that computed everything is no
+    acceleration, and none to interpolate from.
     """
     front = pareto_front(
         [
             Point(str(index), 1 / trial.share, trial.share, {"psnr": _values(trial)})
             for index, trial in enumerate(trials)
-            if all(math.isfinite(value) for value in trial.psnr_db)
+            if trial.share < _EVERYTHING and max(trial.psnr_db) < PSNR_CEILING_DB
         ]
     )
     wanted = [*shares, *(min(shares) / f for f in _OVERHEAD if foreign)]

@@ -11,18 +11,17 @@ which holds every multistep, exponential and Taylor method on these nodes as a s
 step-level cache that predicts linearly can represent more.
 
 Deviation: the paper trains nodes and coefficients by gradients through the model, for some thousand
-steps on hundreds of image pairs. Here nodes come from a search on the recorded trajectories, and
-coefficients from ridge least squares, row by row and in closed loop: the solver runs on all
-calibration prompts at once, row i is fitted to the true state at t_{i+1} from the velocities that
-the solver itself has met, and the run goes on from the state that the row gives. Errors made before
-are thus seen, and paid back, by later rows. The ridge pulls towards the second-order step of Adams
-and Bashforth and is chosen by leaving one prompt out; prompts are weighted by the inverse of their
-squared error, so that the fit minimises the mean of decibels, as the paper's loss does.
+steps on hundreds of image pairs. Here nodes come from a search on the recorded trajectories
+(`nodes`), and coefficients from ridge least squares, row by row and in closed loop: the solver runs
+on all calibration prompts at once, row i is fitted to the true state at t_{i+1} from the velocities
+that the solver itself has met, and the run goes on from the state that the row gives. Errors made
+before are thus seen, and paid back, by later rows. The ridge pulls towards the second-order step of
+Adams and Bashforth and is chosen by leaving one prompt out; prompts are weighted by the inverse of
+their squared error, so that the fit minimises the mean of decibels, as the paper's loss does.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ from layercache.models.stepping import StepFunction
 
 Array = NDArray[np.float64]
 
-RIDGES = (1e-9, 1e-7, 1e-5, 1e-3, 1e-1, 10.0)
+RIDGES = (1e-9, 1e-7, 1e-5, 1e-3, 1e-1)
 _REWEIGHTINGS = 3
 
 
@@ -140,25 +139,14 @@ def fit_row(basis: Array, target: Array, prior: Array) -> Array:
         target: (P, N).
         prior: (K,) coefficients that the ridge pulls towards.
 
-    The fit is done in backward differences of the velocities, whose sizes fall with their order,
-    and each is penalised in units of its own size: a high order is as free as a low one.
+    Each basis vector is penalised in units of its own size.
     """
-    size = basis.shape[1]
-    transform = np.zeros((size, size))
-    transform[0, 0] = 1.0
-    for order in range(size - 1):  # row 1 + order: the backward difference of that order
-        signs = [(-1.0) ** k * math.comb(order, k) for k in range(order + 1)]
-        transform[1 + order, size - 1 - order :] = signs[::-1]
-    differences = np.einsum("kl,pln->pkn", transform, basis)
     rest = target - np.einsum("k,pkn->pn", prior, basis)
-    scale = np.sqrt((differences**2).mean(axis=(0, 2)))
-    scale[scale == 0] = 1.0
-    differences = differences / scale[None, :, None]
-    gram = np.einsum("pkn,pln->pkl", differences, differences) / basis.shape[2]
-    right = np.einsum("pkn,pn->pk", differences, rest) / basis.shape[2]
+    gram = np.einsum("pkn,pln->pkl", basis, basis) / basis.shape[2]
+    right = np.einsum("pkn,pn->pk", basis, rest) / basis.shape[2]
     square = (rest**2).mean(1)
     weights = 1 / np.maximum(square, _floor(square))
-    ridge, solution = RIDGES[-1], np.zeros(size)
+    ridge, solution = RIDGES[-1], np.zeros(len(prior))
     for _ in range(_REWEIGHTINGS):
         ridge = min(RIDGES, key=lambda r: _left_out(gram, right, square, weights, r))
         solution = _solve(gram, right, weights, ridge)
@@ -166,7 +154,7 @@ def fit_row(basis: Array, target: Array, prior: Array) -> Array:
         weights = 1 / np.maximum(left, _floor(left))
     if _left_out(gram, right, square, weights, ridge) >= np.log(np.maximum(square, 1e-30)).mean():
         return prior  # on prompts left out the fit does no good
-    result: Array = prior + (solution / scale) @ transform
+    result: Array = prior + solution
     return result
 
 
@@ -192,8 +180,9 @@ def _left_out(gram: Array, right: Array, square: Array, weights: Array, ridge: f
 def _solve(gram: Array, right: Array, weights: Array, ridge: float) -> Array:
     share = weights / weights.sum()
     normal = np.einsum("p,pkl->kl", share, gram)
-    normal = normal + ridge * np.diag(np.maximum(np.diag(normal), 1e-12))
-    solution: Array = np.linalg.lstsq(normal, share @ right, rcond=1e-14)[0]
+    scale = np.sqrt(np.maximum(np.diag(normal), 1e-30))
+    normal = normal / scale[:, None] / scale[None, :] + ridge * np.eye(len(scale))
+    solution: Array = np.linalg.solve(normal, share @ right / scale) / scale
     return solution
 
 
