@@ -34,7 +34,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every method at equal measured speed; writes benchmarks/RESULTS.md. Stopped, it goes on where it was.
+# Every method at equal measured speed. Stopped, it goes on where it was.
 bench: setup
 	$(BIN)/layercache bench --results benchmarks
 

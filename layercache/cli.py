@@ -358,7 +358,7 @@ def bench(
     if as_json:
         _print_json(found.to_dict() | {"files": [str(file) for file in found.files]})
         return
-    from layercache.evaluation.bench.results import table as table_of
+    from layercache.evaluation.bench.tables import table as table_of
 
     for result in found.results:
         click.echo(f"{result.scenario.title}\n{table_of(result)}\n")

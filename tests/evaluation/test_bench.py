@@ -16,14 +16,16 @@ from layercache.evaluation.bench import measuring as measuring_module
 from layercache.evaluation.bench.ablation import run_ablation, subset
 from layercache.evaluation.bench.equal_speed import Curve, Point
 from layercache.evaluation.bench.field import FIELD, Entrant, Family
+from layercache.evaluation.bench.goals import goals
 from layercache.evaluation.bench.inputs import Inputs
 from layercache.evaluation.bench.measuring import BLOCK, Measuring
 from layercache.evaluation.bench.page import bench_page
 from layercache.evaluation.bench.pictures import speed_curves
-from layercache.evaluation.bench.results import ScenarioResult, margins, markdown, table
+from layercache.evaluation.bench.results import ScenarioResult, margins
 from layercache.evaluation.bench.run import run_bench
 from layercache.evaluation.bench.scenario import MAIN, SECOND, BenchSize
 from layercache.evaluation.bench.store import Store, digest, fingerprint
+from layercache.evaluation.bench.tables import markdown, table
 from layercache.evaluation.bench.tuning import Trial, Validation, chosen, tune
 from layercache.evaluation.methods import LayerCache
 from layercache.evaluation.peers import FewerSteps, Uniform
@@ -301,6 +303,23 @@ def test_margins_name_the_best_rival_at_each_speed() -> None:
     assert at["layercache", "layercache-published"]["psnr_mean"] == pytest.approx(10)
     assert ("layercache-published", "meancache") in at
     assert margins(found, 3.0) == [], "no curve reaches 3x"
+
+
+def test_goals_are_met_or_missed_by_the_figures() -> None:
+    found = replace(scenario_result(), targets=(1.37, 1.71, 2.0, 4.0))
+    met = {(goal.what, goal.target_speedup): goal for goal in goals(found)}
+    assert met["mean PSNR over MeanCache", 2.0].figure == pytest.approx(70 - 10 - 41)
+    assert met["mean PSNR over MeanCache", 2.0].met
+    assert met["mean PSNR over the published LayerCache", 1.71].figure == pytest.approx(10)
+    assert ("mean PSNR over the published LayerCache", 2.0) not in met
+    out_of_reach = met["mean PSNR over MeanCache", 4.0]
+    assert out_of_reach.figure is None and not out_of_reach.met
+    weaker = dict(found.curves)
+    weaker["layercache"], weaker["other"] = weaker["other"], weaker["layercache"]
+    lost = {(g.what, g.target_speedup): g for g in goals(replace(found, curves=weaker))}
+    goal = lost["mean PSNR over the best rival (other)", 2.0]
+    assert goal.figure is not None and goal.figure < 0 and not goal.met
+    assert "| no |" in markdown([replace(found, curves=weaker)], "layercache bench")
 
 
 def test_results_are_rows_as_in_the_demo_and_plain_json() -> None:

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from tqdm import tqdm
 
 from layercache.errors import LayerCacheError
 from layercache.evaluation.bench.field import FIELD, Entrant, Family
+from layercache.evaluation.bench.goals import goals
 from layercache.evaluation.bench.inputs import GROUPS, PUBLISHED_GROUPS, Inputs
 from layercache.evaluation.bench.measuring import BLOCK, Clock, Measuring
 from layercache.evaluation.bench.page import bench_page
 from layercache.evaluation.bench.pictures import equal_speed_sheet, speed_curves
-from layercache.evaluation.bench.results import ScenarioResult, markdown
+from layercache.evaluation.bench.results import ScenarioResult
 from layercache.evaluation.bench.scenario import BenchSize, Scenario
 from layercache.evaluation.bench.store import Store, fingerprint
+from layercache.evaluation.bench.tables import markdown
 from layercache.evaluation.bench.tuning import Validation, tune
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.lpips import Lpips, load_lpips
@@ -47,7 +49,11 @@ class BenchResult:
         """Plain JSON values; `rows` holds those of all scenarios."""
         return {
             "rows": [row for result in self.results for row in result.rows()],
-            "scenarios": [result.to_dict() for result in self.results],
+            "scenarios": [
+                result.to_dict()
+                | {"goals": [asdict(goal) | {"met": goal.met} for goal in goals(result)]}
+                for result in self.results
+            ],
         }
 
 
