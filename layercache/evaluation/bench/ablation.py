@@ -118,9 +118,8 @@ def run_ablation(
     """
     size = replace(size, validation=min(VALIDATION, 2 * size.validation))
     pipe = scenario.load(weights)
-    # The validation prompts do not change what is calibrated, so the bench's statistics serve.
-    kept = Store(out / scenario.name, fingerprint(scenario, size, pipe))
-    inputs = Inputs(pipe, scenario, size, kept, log)
+    store = Store(out / scenario.name, fingerprint(scenario, pipe))
+    inputs = Inputs(pipe, scenario, size, store, log)
     validation = Validation(inputs)
     rows = []
     for variant in variants(inputs):

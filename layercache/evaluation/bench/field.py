@@ -152,7 +152,9 @@ def fitted_solver(inputs: Inputs, nodes: Sequence[int]) -> NonStationary:
             fit_nonstationary(inputs.pipe, inputs.calibration, inputs.trajectories, nodes).rows
         )
 
-    rows = inputs.store.kept(f"non-stationary {len(nodes)} nodes", list(nodes), fit)
+    rows = inputs.store.kept(
+        f"non-stationary {len(nodes)} nodes", [nodes, inputs.calibration.ids], fit
+    )
     return NonStationary(tuple(nodes), tuple(tuple(row) for row in rows), inputs.sigmas)
 
 
@@ -215,7 +217,7 @@ def _mag_cache(inputs: Inputs) -> list[Entrant]:
     steps = inputs.scenario.steps
     ratios = inputs.store.kept(
         "magcache ratios",
-        steps,
+        inputs.calibration.ids,
         lambda: mag_ratios(inputs.pipe, inputs.calibration, steps),
     )
     grid = itertools.product((0.1, 0.2), (1, 3, 5), (0.03, 0.08, 0.16, 0.35))
@@ -230,7 +232,7 @@ def _mag_cache(inputs: Inputs) -> list[Entrant]:
 
 
 def _taylor_seer(inputs: Inputs) -> list[Entrant]:
-    grid = itertools.product(("lite", "blocks"), (1, 2), (2, 3, 4, 5, 6))
+    grid = itertools.product(("lite", "blocks"), (1, 2), (2, 3, 4, 6))
     return [
         Entrant(
             "taylorseer",
@@ -284,11 +286,14 @@ def _cache_dit(inputs: Inputs, name: str, orders: Sequence[int]) -> Iterator[Ent
 def _cache_dit_mask(inputs: Inputs) -> list[Entrant]:
     _require_cache_dit()
     steps = inputs.scenario.steps
-    masks: dict[str, tuple[bool, ...]] = {
-        **{f"preset {name}": mask for name, mask in preset_masks(steps).items()},
-        **{f"{count} even steps": uniform_steps(steps, count) for count in inputs.fresh_steps},
-    }
-    grid = itertools.product(masks.items(), (0, 1))
+    grid: list[tuple[str, tuple[bool, ...], int]] = [
+        (f"preset {name}", mask, order)
+        for name, mask in preset_masks(steps).items()
+        for order in (0, 1)
+    ]
+    grid += [
+        (f"{count} even steps", uniform_steps(steps, count), 1) for count in inputs.fresh_steps
+    ]
     return [
         Entrant(
             "cache-dit-mask",
@@ -301,7 +306,7 @@ def _cache_dit_mask(inputs: Inputs) -> list[Entrant]:
                 branches=inputs.scenario.branches,
             ),
         )
-        for (label, mask), order in _thinned(inputs, list(grid))
+        for label, mask, order in _thinned(inputs, grid)
     ]
 
 

@@ -39,7 +39,10 @@ class Inputs:
         """
         count = count or self.size.calibration
         path = self.store.path(
-            f"stats groups {groups} prompts {count}", self.size.lags, suffix=".npz"
+            f"stats groups {groups} prompts {count}",
+            self.size.lags,
+            self.size.batch,
+            suffix=".npz",
         )
         if not path.exists():
             self.log(f"calibrating {count} prompts in {groups or 'as many as blocks'} groups")
@@ -75,7 +78,7 @@ class Inputs:
                 "velocities": found.velocities,
             }
 
-        return Trajectories(**self.store.kept_arrays("trajectories", run))
+        return Trajectories(**self.store.kept_arrays("trajectories", self.calibration.ids, run))
 
     @cached_property
     def fresh_steps(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -78,17 +79,17 @@ class Measuring:
                 if missing:
                     self._batch(missing, batch, number, round_)
 
-    def path(self, entrant: Entrant, batch: int, round_: int) -> Any:
+    def path(self, entrant: Entrant, batch: int, round_: int) -> Path:
         """Where one result lies."""
         title = f"{entrant.family} {entrant.label} batch {batch} round {round_}"
-        return self.store.path(title, entrant.method, self.batches[batch].ids, self.rounds > 1)
+        return self.store.path(title, entrant.method, self.batches[batch].ids)
 
     def _batch(self, entrants: Sequence[Entrant], batch: Batch, number: int, round_: int) -> None:
         timed_run(self.pipe, Uncached(), batch)  # warm-up
         before = timed_run(self.pipe, Uncached(), batch)
         reference = before.images
         if number == 0 and round_ == 0:
-            self._keep(self.store.path("uncached images", suffix=".npy"), reference)
+            self._keep(self._references_path, reference)
         for start in range(0, len(entrants), BLOCK):
             block = entrants[start : start + BLOCK]
             ran = [(entrant, self._one(entrant, batch)) for entrant in block]
@@ -142,7 +143,7 @@ class Measuring:
             "lpips": None if distances is None else distances.tolist(),
         }
 
-    def _keep(self, path: Any, images: Tensor) -> None:
+    def _keep(self, path: Path, images: Tensor) -> None:
         stream = io.BytesIO()
         np.save(stream, images[:SHOWN].numpy())
         write_atomically(path, stream.getvalue())
@@ -196,4 +197,8 @@ class Measuring:
 
     def references(self) -> Tensor:
         """The uncached ones."""
-        return torch.from_numpy(np.load(self.store.path("uncached images", suffix=".npy")))
+        return torch.from_numpy(np.load(self._references_path))
+
+    @property
+    def _references_path(self) -> Path:
+        return self.store.path("uncached images", self.batches[0].ids, suffix=".npy")

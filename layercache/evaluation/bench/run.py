@@ -132,7 +132,7 @@ class _Runner:
         self.scenario, self.size, self.families = scenario, size, families
         self.log, self.progress = log, progress
         pipe = scenario.load(weights)
-        store = Store(out / scenario.name, fingerprint(scenario, size, pipe))
+        store = Store(out / scenario.name, fingerprint(scenario, pipe))
         self.inputs = Inputs(pipe, scenario, size, store, log, progress)
         self.skipped: dict[str, str] = {}
         self.entrants: list[Entrant] = []
@@ -222,7 +222,7 @@ class _Runner:
             if name in names
         )
         calibration = replays * size.calibration / size.batch
-        tried = sum(20 if f.foreign else 30 for f in self.families if f.tuned) * size.grid
+        tried = sum(17 if f.foreign else 30 for f in self.families if f.tuned) * size.grid
         tuning = 0.5 * tried * size.validation / size.batch
         fits = 3 * sum(shares) * size.calibration / size.batch if "non-stationary" in names else 0
         settings = len(self.families) * len(shares)

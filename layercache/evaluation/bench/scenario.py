@@ -20,6 +20,7 @@ SEEDS: dict[Split, int] = {"calibration": 0, "validation": 1, "held-out": 2}
 
 _AROUND = (0.94, 1.06)
 _BEYOND = 1.22
+_ALIKE = 1.05
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,12 @@ class BenchSize:
         """
         speeds = [target * factor for target in self.targets for factor in _AROUND]
         speeds.append(max(self.targets) * _BEYOND)
-        counts = {min(steps, max(1, round(steps / speed))) for speed in speeds}
-        return tuple(sorted(counts, reverse=True))
+        counts = sorted({min(steps, max(1, round(steps / speed))) for speed in speeds})
+        kept: list[int] = []
+        for count in counts:
+            if not kept or count >= _ALIKE * kept[-1]:
+                kept.append(count)
+        return tuple(reversed(kept))
 
 
 QUICK = BenchSize(

@@ -1,9 +1,9 @@
 """Results on disk, one file each, so that a killed bench goes on where it stopped.
 
-A result's file name carries a fingerprint of all that it depends on: the scenario, the prompts,
-the weights, the machine, the versions, the code that runs, and the method's own setting. A change
-of any of them makes another name, so nothing stale is read; files that no run asks for any more
-stay behind.
+A result's file name carries a digest of all that it depends on: the scenario, the weights, the
+machine, the versions, the code that runs, the prompts, and the method's own setting. A change of
+any of them makes another name, so nothing stale is read; files that no run asks for any more stay
+behind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from layercache.evaluation.bench.scenario import BenchSize, Scenario
+from layercache.evaluation.bench.scenario import Scenario
 from layercache.plan import Plan
 from layercache.stats import write_atomically
 
@@ -77,10 +77,10 @@ class Store:
         return found
 
     def kept_arrays(
-        self, title: str, compute: Callable[[], Mapping[str, NDArray[Any]]]
+        self, title: str, parts: Any, compute: Callable[[], Mapping[str, NDArray[Any]]]
     ) -> dict[str, NDArray[Any]]:
         """The same for named arrays, in an `.npz` file."""
-        path = self.path(title, suffix=".npz")
+        path = self.path(title, parts, suffix=".npz")
         if not path.exists():
             stream = io.BytesIO()
             np.savez(stream, **compute())  # type: ignore[arg-type]
@@ -115,12 +115,10 @@ def plain(value: Any) -> Any:
     return getattr(value, "__qualname__", str(value))
 
 
-def fingerprint(scenario: Scenario, size: BenchSize, pipe: Any) -> str:
-    """Digest of all that every result depends on."""
+def fingerprint(scenario: Scenario, pipe: Any) -> str:
+    """Digest of all that every result depends on; prompts and settings come with each result."""
     return digest(
         scenario,
-        # What only says which settings run does not change any one of them.
-        dataclasses.replace(size, targets=(), grid=1.0, rounds=1),
         weights_digest(pipe.transformer),
         {name: _version(name) for name in _VERSIONS},
         [platform.platform(), platform.machine(), os.cpu_count(), torch.get_num_threads()],

@@ -59,7 +59,8 @@ class Validation:
             return {"share": share, "psnr_db": values, "label": entrant.label}
 
         title = f"validation {entrant.family} {entrant.label}"
-        found = self.inputs.store.kept(title, entrant.method, run)
+        ids = [batch.ids for batch in self.batches]
+        found = self.inputs.store.kept(title, [entrant.method, ids], run)
         return Trial(entrant, found["share"], tuple(found["psnr_db"]))
 
     @property
