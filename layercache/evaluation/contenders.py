@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch
-from layercache.compile import compile_plan
+from layercache.compile import Options, pareto
 from layercache.errors import BudgetError
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import LayerCache, Method, Uncached
@@ -19,6 +19,9 @@ from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.evaluation.trajectories import Trajectories
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats
+
+PUBLISHED = Options(solver="greedy", units=("groups",), gains="unit")
+"""LayerCache as published (arXiv 2604.16492): groups only, greedy, the plain JVP predictor."""
 
 
 class Contenders:
@@ -95,7 +98,5 @@ class Contenders:
 
 
 def published_plan(stats: CalibrationStats, target: float) -> Plan:
-    """LayerCache as published (arXiv 2604.16492): groups only, greedy, the plain JVP predictor."""
-    return compile_plan(
-        stats, Budget(fraction=1 / target), solver="greedy", units=("groups",), gains="unit"
-    )
+    """The published LayerCache's plan for a budget."""
+    return pareto(stats, [Budget(fraction=1 / target)], PUBLISHED)[0]

@@ -21,6 +21,7 @@ from layercache.evaluation.bench.inputs import GROUPS, PUBLISHED_GROUPS, Inputs
 from layercache.evaluation.bench.scenario import BenchSize, Scenario
 from layercache.evaluation.bench.store import Store, fingerprint
 from layercache.evaluation.bench.tuning import Validation
+from layercache.evaluation.contenders import PUBLISHED
 from layercache.evaluation.methods import LayerCache
 from layercache.stats import CalibrationStats, write_atomically
 
@@ -150,7 +151,7 @@ def variants(inputs: Inputs) -> Iterator[Variant]:
     yield row("prediction", "per-cell gains", gains="cell")
     yield row("solver", "greedy", solver="greedy")
     yield row("solver", "greedy, groups only", solver="greedy", units=("groups",))
-    yield row("solver", "published: greedy, groups, JVP", **_PUBLISHED)
+    yield Variant("solver", "published: greedy, groups, JVP", PUBLISHED, inputs.stats)
     yield row("error", "velocity delta without propagation", lambda: unweighted(inputs.stats()))
     for power in (2.0, 4.0):
         yield row("power", f"{power:g}", power=power)
@@ -175,9 +176,6 @@ def variants(inputs: Inputs) -> Iterator[Variant]:
     while count < inputs.size.calibration:
         yield row("calibration prompts", f"{count}", partial(first_prompts, inputs, count))
         count *= 2
-
-
-_PUBLISHED: dict[str, Any] = {"solver": "greedy", "units": ("groups",), "gains": "unit"}
 
 
 def unweighted(stats: CalibrationStats) -> CalibrationStats:

@@ -16,6 +16,7 @@ import numpy as np
 from layercache.compile import Options, compile_plan, pareto
 from layercache.errors import BudgetError, LayerCacheError
 from layercache.evaluation.bench.inputs import PUBLISHED_GROUPS, Inputs
+from layercache.evaluation.contenders import PUBLISHED
 from layercache.evaluation.methods import LayerCache, Method
 from layercache.evaluation.peers import (
     DPCache,
@@ -107,9 +108,8 @@ def _layercache(inputs: Inputs) -> list[Entrant]:
 
 
 def _published(inputs: Inputs) -> list[Entrant]:
-    options = Options(solver="greedy", units=("groups",), gains="unit")
     stats = inputs.stats(groups=PUBLISHED_GROUPS)
-    return plan_entrants("layercache-published", plans(stats, inputs.fresh_steps, options))
+    return plan_entrants("layercache-published", plans(stats, inputs.fresh_steps, PUBLISHED))
 
 
 def _mean_cache(inputs: Inputs) -> list[Entrant]:

@@ -41,6 +41,12 @@ class Goal:
         """Whether the figure was measured and is high enough."""
         return self.figure is not None and self.figure >= self.least
 
+    @property
+    def text(self) -> str:
+        """The figure in words."""
+        digits = 4 if "SSIM" in self.what else 1
+        return "not reached" if self.figure is None else f"{self.figure:+.{digits}f}"
+
 
 def goals(result: ScenarioResult) -> list[Goal]:
     """Every goal at those of its speeds that were compared."""
@@ -77,10 +83,8 @@ def goal_lines(result: ScenarioResult) -> str:
     """The goals as a Markdown table."""
     lines = ["| goal | at | at least | measured | met |", "|---|---|---|---|---|"]
     for goal in goals(result):
-        digits = 4 if "SSIM" in goal.what else 1
-        figure = "not reached" if goal.figure is None else f"{goal.figure:+.{digits}f}"
         lines.append(
-            f"| {goal.what} | {goal.target_speedup:g}x | {goal.least:g} | {figure} | "
+            f"| {goal.what} | {goal.target_speedup:g}x | {goal.least:g} | {goal.text} | "
             f"{'yes' if goal.met else 'no'} |"
         )
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from layercache.evaluation.bench.goals import goals
 from layercache.evaluation.bench.results import (
     MEAN_CACHE,
     OURS,
@@ -49,6 +50,8 @@ def _scenario(result: ScenarioResult, pictures: Mapping[str, bytes]) -> list[str
         f'<div class="panel">{_table(result)}</div>',
         "<p>The interval is a 95 % bootstrap interval of the mean over prompts; “worst” is the "
         "worst single image.</p>",
+        "<h2>Goals</h2>",
+        f'<div class="panel">{_goals(result)}</div>',
         "<h2>Margins</h2>",
         f'<div class="panel">{_margins(result)}</div>',
     ]
@@ -110,6 +113,16 @@ def _table(result: ScenarioResult) -> str:
                 f"<td>{100 * reading.compute_share:.1f} %</td></tr>"
             )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _goals(result: ScenarioResult) -> str:
+    head = "".join(f"<th>{text}</th>" for text in ("", "at", "at least", "measured", "met"))
+    body = "".join(
+        f"<tr><td>{escape(goal.what)}</td><td>{goal.target_speedup:g}x</td><td>{goal.least:g}</td>"
+        f"<td>{goal.text}</td><td>{'yes' if goal.met else 'no'}</td></tr>"
+        for goal in goals(result)
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _margins(result: ScenarioResult) -> str:
