@@ -14,7 +14,8 @@ from layercache.errors import BudgetError
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import LayerCache, Method, Uncached
 from layercache.evaluation.metrics import fidelity
-from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform, mean_cache_schedules
+from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform
+from layercache.evaluation.peers.meancache import candidate_schedules
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.evaluation.trajectories import Trajectories
 from layercache.plan import Budget, Plan
@@ -33,7 +34,7 @@ class Contenders:
         trajectories: Uncached runs of calibration prompts, for MeanCache.
         validation: Prompts, none of them held out, on which MeanCache's schedule is chosen.
         screened: How many of MeanCache's schedules run on the validation prompts, the most
-            promising ones first; None runs all.
+            promising ones first, besides one that only reuses; None runs all.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Contenders:
     def mean_cache(self, budget: int) -> MeanCache:
         """The schedule of MeanCache with the highest mean PSNR on the validation prompts."""
         sigmas = tuple(float(sigma) for sigma in self.trajectories.sigmas)
-        schedules = mean_cache_schedules(self.trajectories, budget)[: self.screened]
+        schedules = candidate_schedules(self.trajectories, budget, self.screened)
         candidates = [MeanCache(edges, sigmas) for edges in schedules]
         return max(candidates, key=self._validation_psnr)
 

@@ -36,6 +36,7 @@ from layercache.evaluation.peers.diffusers_caches import (
 )
 from layercache.evaluation.peers.dpcache import Abscissa, key_steps, step_errors
 from layercache.evaluation.peers.lemica import final_errors, minimax_steps
+from layercache.evaluation.peers.meancache import candidate_schedules
 from layercache.evaluation.peers.nodes import NodeSearch
 from layercache.evaluation.peers.seacache import SeaCache
 from layercache.evaluation.peers.uniform import uniform_steps
@@ -117,7 +118,7 @@ def _mean_cache(inputs: Inputs) -> list[Entrant]:
         Entrant("meancache", f"{count} steps, schedule {rank}", MeanCache(edges, inputs.sigmas))
         for count in inputs.fresh_steps
         for rank, edges in enumerate(
-            mean_cache_schedules(inputs.trajectories, count)[: _some(inputs, 3)]
+            candidate_schedules(inputs.trajectories, count, _some(inputs, 2))
         )
     ]
 
