@@ -19,9 +19,10 @@ v_r is the velocity used there.
 
 Where this goes beyond the source, to the method's advantage: the paper fixes γ near 4; here γ, and
 whether the cost is weighted by the edge's length |σ_s - σ_t|, are swept, a schedule with K = 1
-throughout competes with them, and the best on validation prompts is the one reported. The authors' script for Qwen-Image moves on from the velocity before at
-every skipped step instead of keeping one mean velocity along the edge; on the reference model that
-was weaker by 3 to 5 dB at 1.37x and at 2x and equal at 3x, so the stronger form stands here.
+throughout competes with them, and the best on validation prompts is the one reported. The authors'
+script for Qwen-Image moves on from the velocity before at every skipped step instead of keeping one
+mean velocity along the edge; on the reference model that was weaker by 3 to 5 dB at 1.37x and at 2x
+and equal at 3x, so the stronger form stands here.
 """
 
 from __future__ import annotations
