@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 # One thread a worker: the tests are small, and workers that share cores by threads slow each other.
 TEST_ENV := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: setup demo test lint format bench schema clean
+.PHONY: setup demo test lint format bench ablation benchmarks schema clean
 
 setup: $(STAMP)
 
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[diffusers,plot,eval,hub,dev]'
+		--editable '.[diffusers,plot,eval,hub,peers,dev]'
 	touch $(STAMP)
 
 demo: setup
@@ -34,7 +34,15 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Every method at equal measured speed. Stopped, it goes on where it was.
 bench: setup
+	$(BIN)/layercache bench --results benchmarks
+
+ablation: setup
+	$(BIN)/layercache bench --ablation --results benchmarks
+
+# Speed and memory of LayerCache's own parts.
+benchmarks: setup
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 # plans/schema.json follows from the pydantic model; a test holds the two together.

@@ -282,6 +282,89 @@ def evaluate(
         raise GateFailed("; ".join(failures))
 
 
+@main.command()
+@click.option(
+    "--scenario",
+    type=click.Choice(["main", "second", "both"]),
+    default="both",
+    show_default=True,
+    help="50 steps with guidance, 28 steps without, or one after the other.",
+)
+@click.option("--quick", is_flag=True, help="Few prompts and settings; a few minutes.")
+@click.option("--methods", help="Only these methods, with commas between; the default is all.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="Read times from processor time on a machine that others use as well.",
+)
+@click.option("--lpips", type=FOLDER, help="Folder with LPIPS weights (never downloaded).")
+@click.option("--results", type=FOLDER, help="Folder for RESULTS.md and results.json.")
+@click.option("--ablation", is_flag=True, help="Compare LayerCache's own parts instead.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    default=Path("out/bench"),
+    show_default=True,
+    help="Everything is kept here; a stopped bench goes on from it.",
+)
+@click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights.")
+@json_option
+def bench(
+    scenario: str,
+    quick: bool,
+    methods: str | None,
+    rounds: int,
+    clock: Any,
+    lpips: Path | None,
+    results: Path | None,
+    ablation: bool,
+    out: Path,
+    weights: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare LayerCache with every rival at equal measured speed, on the reference model."""
+    from dataclasses import replace
+
+    from layercache.evaluation.bench.run import run_bench
+    from layercache.evaluation.bench.scenario import MAIN, QUICK, SCENARIOS, BenchSize
+
+    size = replace(QUICK if quick else BenchSize(), rounds=rounds)
+    chosen = [MAIN] if quick and scenario == "both" else None
+    chosen = chosen or [s for name, s in SCENARIOS.items() if scenario in (name, "both")]
+    if ablation:
+        from layercache.evaluation.bench.ablation import run_ablation
+
+        table = run_ablation(out, chosen[0], size, weights=weights, results=results, log=_log)
+        if as_json:
+            _print_json(table.to_dict())
+        else:
+            click.echo(table.text())
+        return
+    found = run_bench(
+        out,
+        chosen,
+        size,
+        methods=methods.split(",") if methods else None,
+        weights=weights,
+        lpips=lpips,
+        results=results,
+        clock=clock,
+        log=_log,
+        progress=_progress(),
+    )
+    if as_json:
+        _print_json(found.to_dict() | {"files": [str(file) for file in found.files]})
+        return
+    from layercache.evaluation.bench.tables import table as table_of
+
+    for result in found.results:
+        click.echo(f"{result.scenario.title}\n{table_of(result)}\n")
+    _log(f"took {found.seconds:.0f} s; open {out / 'report.html'}")
+
+
 def _print_stats(stats: CalibrationStats, as_json: bool, file: Path) -> None:
     if not as_json:
         click.echo(stats.summary())

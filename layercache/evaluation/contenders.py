@@ -9,16 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch
-from layercache.compile import compile_plan
+from layercache.compile import Options, pareto
 from layercache.errors import BudgetError
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import LayerCache, Method, Uncached
 from layercache.evaluation.metrics import fidelity
-from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform, mean_cache_schedules
+from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform
+from layercache.evaluation.peers.meancache import candidate_schedules
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.evaluation.trajectories import Trajectories
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats
+
+PUBLISHED = Options(solver="greedy", units=("groups",), gains="unit")
+"""LayerCache as published (arXiv 2604.16492): groups only, greedy, the plain JVP predictor."""
 
 
 class Contenders:
@@ -30,7 +34,7 @@ class Contenders:
         trajectories: Uncached runs of calibration prompts, for MeanCache.
         validation: Prompts, none of them held out, on which MeanCache's schedule is chosen.
         screened: How many of MeanCache's schedules run on the validation prompts, the most
-            promising ones first; None runs all.
+            promising ones first, besides one that only reuses; None runs all.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Contenders:
     def mean_cache(self, budget: int) -> MeanCache:
         """The schedule of MeanCache with the highest mean PSNR on the validation prompts."""
         sigmas = tuple(float(sigma) for sigma in self.trajectories.sigmas)
-        schedules = mean_cache_schedules(self.trajectories, budget)[: self.screened]
+        schedules = candidate_schedules(self.trajectories, budget, self.screened)
         candidates = [MeanCache(edges, sigmas) for edges in schedules]
         return max(candidates, key=self._validation_psnr)
 
@@ -95,7 +99,5 @@ class Contenders:
 
 
 def published_plan(stats: CalibrationStats, target: float) -> Plan:
-    """LayerCache as published (arXiv 2604.16492): groups only, greedy, the plain JVP predictor."""
-    return compile_plan(
-        stats, Budget(fraction=1 / target), solver="greedy", units=("groups",), gains="unit"
-    )
+    """The published LayerCache's plan for a budget."""
+    return pareto(stats, [Budget(fraction=1 / target)], PUBLISHED)[0]

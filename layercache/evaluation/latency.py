@@ -35,16 +35,37 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def run_once(pipe: Any, method: Method, batch: Batch) -> tuple[Tensor, float]:
-    """One generation under a method: its images on the CPU, and the seconds of the call."""
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One generation.
+
+    Attributes:
+        images: (B, C, H, W) on the CPU, in [0, 1].
+        seconds: Wall-clock time of the pipeline call.
+        cpu_seconds: Processor time of the process in the call, all threads together.
+    """
+
+    images: Tensor
+    seconds: float
+    cpu_seconds: float
+
+
+def timed_run(pipe: Any, method: Method, batch: Batch) -> Run:
+    """One generation under a method, with the times of the call by two clocks."""
     changed = dataclasses.replace(batch, arguments={**batch.arguments, **method.call_changes})
     with torch.no_grad(), method.attach(pipe):
         _synchronise()
-        began = time.perf_counter()
+        cpu, began = time.process_time(), time.perf_counter()
         images = run_pipeline(pipe, changed)
         _synchronise()
-        seconds = time.perf_counter() - began
-    return images, seconds
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return Run(images, seconds, cpu)
+
+
+def run_once(pipe: Any, method: Method, batch: Batch) -> tuple[Tensor, float]:
+    """One generation under a method: its images on the CPU, and the seconds of the call."""
+    run = timed_run(pipe, method, batch)
+    return run.images, run.seconds
 
 
 def time_interleaved(

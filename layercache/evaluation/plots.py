@@ -20,6 +20,16 @@ STYLES: dict[str, tuple[str, str]] = {
     "meancache": ("#1d4ed8", "^"),
     "uniform": ("#64748b", "v"),
     "fewer-steps": ("#15803d", "D"),
+    "non-stationary": ("#7e22ce", "P"),
+    "dpcache": ("#0891b2", "<"),
+    "lemica": ("#65a30d", ">"),
+    "magcache": ("#be185d", "X"),
+    "taylorseer": ("#4338ca", "p"),
+    "seacache": ("#0d9488", "h"),
+    "first-block-cache": ("#a16207", "d"),
+    "cache-dit": ("#e11d48", "1"),
+    "cache-dit-taylorseer": ("#fb7185", "2"),
+    "cache-dit-mask": ("#9f1239", "3"),
 }
 """Colour and marker of each method, the same in every picture."""
 
@@ -39,7 +49,7 @@ def plan_heat_map(plans: Mapping[str, Plan]) -> bytes:
     Args:
         plans: Plans by title.
     """
-    figure_class, colors, patches = _matplotlib()
+    figure_class, colors, patches = load_matplotlib()
     heights = [len(plan.units) for plan in plans.values()]
     figure = figure_class(
         figsize=(13, 1.5 + sum(0.36 * h + 0.95 for h in heights)), layout="constrained"
@@ -88,7 +98,7 @@ def plan_heat_map(plans: Mapping[str, Plan]) -> bytes:
         if kind in used
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _cells(plan: Plan) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -107,7 +117,7 @@ def _cells(plan: Plan) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def pareto(comparison: Comparison) -> bytes:
     """Mean PSNR against the share of compute, and against the measured speedup."""
-    figure_class, _, _ = _matplotlib()
+    figure_class, _, _ = load_matplotlib()
     figure = figure_class(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for method in dict.fromkeys(row.method for row in comparison.rows):
@@ -144,10 +154,10 @@ def pareto(comparison: Comparison) -> bytes:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     left.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return png_bytes(figure)
 
 
-def _matplotlib() -> tuple[Any, Any, Any]:
+def load_matplotlib() -> tuple[Any, Any, Any]:
     """The parts that are used, without pyplot and its global state."""
     try:
         from matplotlib import colors, patches
@@ -159,7 +169,8 @@ def _matplotlib() -> tuple[Any, Any, Any]:
     return Figure, colors, patches
 
 
-def _png(figure: Any) -> bytes:
+def png_bytes(figure: Any) -> bytes:
+    """The figure as a PNG on white."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, facecolor="white")
     return buffer.getvalue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -76,20 +76,23 @@ def html_report(
         "“worst” is the worst single image.</p>",
     ]
     if "pareto" in pictures:
-        sections += ["<h2>Quality against cost</h2>", _picture(pictures["pareto"], "Pareto plot")]
+        sections += [
+            "<h2>Quality against cost</h2>",
+            picture_panel(pictures["pareto"], "Pareto plot"),
+        ]
     if "plan" in pictures:
         sections += [
             "<h2>The compiled plans</h2>",
             "<p>One row a unit, one column a timestep. The number in a predicted cell is its span: "
             "how far back the difference reaches that the prediction follows.</p>",
-            _picture(pictures["plan"], "Heat map of the plans"),
+            picture_panel(pictures["plan"], "Heat map of the plans"),
         ]
     if "sheet" in pictures:
         sections += [
             "<h2>Images</h2>",
             "<p>The first held-out prompts, not selected, with the difference to the uncached "
             "image amplified under each.</p>",
-            _picture(pictures["sheet"], "Image sheet"),
+            picture_panel(pictures["sheet"], "Image sheet"),
         ]
     if first in plans:
         text = "\n\n".join(plan.summary() for plan in plans.values())
@@ -99,6 +102,11 @@ def html_report(
         ]
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     sections += ["<h2>How this was measured</h2>", f'<div class="panel"><dl>{rows}</dl></div>']
+    return html_page(title, sections)
+
+
+def html_page(title: str, sections: Iterable[str]) -> str:
+    """A complete page in the reports' style around sections of HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -154,7 +162,8 @@ def _table_row(row: Row, best: bool) -> str:
     )
 
 
-def _picture(png: bytes, alternative: str) -> str:
+def picture_panel(png: bytes, alternative: str) -> str:
+    """A panel with a picture that is part of the page."""
     data = base64.b64encode(png).decode("ascii")
     return (
         f'<div class="panel"><img alt="{escape(alternative)}" '

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -25,7 +25,12 @@ _HEADING = 30
 _CAPTION = 150
 
 
-def image_sheet(comparison: Comparison, prompts: Sequence[str], count: int = 3) -> bytes:
+def image_sheet(
+    comparison: Comparison,
+    prompts: Sequence[str],
+    count: int = 3,
+    heading_of: Callable[[float], str] = lambda target: f"{target:g}x less compute",
+) -> bytes:
     """A PNG with the first `count` prompts at every target: a row of images, a row of differences.
 
     Nothing is selected: the prompts are the first ones of their list. Small images are enlarged
@@ -43,7 +48,7 @@ def image_sheet(comparison: Comparison, prompts: Sequence[str], count: int = 3) 
     top = _GAP
     for target in comparison.targets:
         rows = {row.method: row for row in comparison.at(target)}
-        draw.text((_GAP, top), f"{target:g}x less compute", fill="#0f172a", font=heading)
+        draw.text((_GAP, top), heading_of(target), fill="#0f172a", font=heading)
         top += _HEADING
         for index in range(count):
             caption = textwrap.fill(prompts[index], 20)

@@ -12,6 +12,7 @@ from layercache.errors import BudgetError
 from layercache.evaluation.peers.meancache import (
     Edge,
     MeanCache,
+    candidate_schedules,
     edge_costs,
     mean_cache_schedules,
     shortest_path,
@@ -153,3 +154,10 @@ def test_a_base_that_was_skipped_has_the_velocity_used_there() -> None:
     second = mean(v[:, 3], first, 3, 6)  # step 2 was skipped: its velocity is the edge's
     expected = z[:, 1] + (s[3] - s[1]) * first + (s[6] - s[3]) * second
     np.testing.assert_allclose(simulate(method, tr, "linear"), expected, atol=1e-5)
+
+
+def test_one_candidate_only_reuses_and_none_stands_twice() -> None:
+    found = candidate_schedules(field("wavy"), 4, 2)
+    assert 2 <= len(found) <= 3 and len(set(found)) == len(found)
+    assert all(edge.k == 1 for edge in found[-1])
+    assert found[0] == mean_cache_schedules(field("wavy"), 4)[0]

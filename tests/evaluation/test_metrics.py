@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation.metrics import PSNR_CEILING_DB, fidelity, psnr, ssim
+from layercache.evaluation.lpips import load_lpips
+from layercache.evaluation.metrics import (
+    PSNR_CEILING_DB,
+    fidelity,
+    ms_ssim,
+    ms_ssim_scales,
+    psnr,
+    ssim,
+)
 
 
 def test_psnr_of_a_constant_error() -> None:
@@ -61,3 +70,60 @@ def test_nan_pixels_are_refused() -> None:
     images = torch.full((1, 3, 16, 16), math.nan)
     with pytest.raises(LayerCacheError, match="the images hold NaN pixels: the run overflowed"):
         psnr(images, torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("side,scales", [(8, 1), (16, 2), (32, 2), (64, 3), (160, 4), (176, 5)])
+def test_ms_ssim_uses_the_scales_that_an_image_has_room_for(side: int, scales: int) -> None:
+    assert ms_ssim_scales(side, side) == scales
+    reference = torch.rand(2, 3, side, side)
+    value = ms_ssim(reference, reference)
+    if scales == 1:
+        assert value is None
+    else:
+        assert value is not None and value.tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+def test_ms_ssim_falls_with_noise() -> None:
+    torch.manual_seed(0)
+    reference = torch.rand(2, 3, 32, 32)
+    values = [ms_ssim(reference + s * torch.randn_like(reference), reference) for s in (0.05, 0.3)]
+    assert values[0] is not None and values[1] is not None
+    assert (values[0] > values[1]).all() and (values[1] < 0.95).all()
+
+
+SHAPES = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+
+
+def lpips_weights(folder: Path) -> None:
+    """Random weights in the files and shapes of the published ones."""
+    torch.manual_seed(0)
+    alexnet, linear = {}, {}
+    for layer, (position, (out, channels, kernel)) in enumerate(SHAPES.items()):
+        alexnet[f"features.{position}.weight"] = 0.05 * torch.randn(out, channels, kernel, kernel)
+        alexnet[f"features.{position}.bias"] = torch.zeros(out)
+        linear[f"lin{layer}.model.1.weight"] = torch.rand(1, out, 1, 1) / out
+    torch.save(alexnet, folder / "alexnet.pth")
+    torch.save(linear, folder / "lpips.pth")
+
+
+def test_lpips_with_local_weights_is_zero_for_equal_images_and_grows(tmp_path: Path) -> None:
+    lpips_weights(tmp_path)
+    metric = load_lpips(tmp_path)
+    reference = torch.rand(2, 3, 32, 32)
+    noise = torch.randn_like(reference)
+    assert metric(reference, reference).tolist() == [0.0, 0.0]
+    near, far = (metric(reference + size * noise, reference) for size in (0.02, 0.3))
+    assert (near > 0).all() and (near < far).all()
+    assert metric(torch.rand(1, 3, 100, 70), torch.rand(1, 3, 100, 70)).shape == (1,)
+
+
+def test_lpips_without_weights_is_a_message(tmp_path: Path) -> None:
+    with pytest.raises(LayerCacheError, match=r"LPIPS is skipped: .*alexnet.pth does not exist"):
+        load_lpips(tmp_path)
+    lpips_weights(tmp_path)
+    torch.save({}, tmp_path / "lpips.pth")
+    with pytest.raises(LayerCacheError, match="holds no weights of AlexNet and LPIPS"):
+        load_lpips(tmp_path)
+    (tmp_path / "alexnet.pth").write_bytes(b"nothing")
+    with pytest.raises(LayerCacheError, match="holds no weights of AlexNet and LPIPS"):
+        load_lpips(tmp_path)
