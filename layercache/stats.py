@@ -9,10 +9,13 @@ anything large is allocated.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +27,12 @@ from layercache.errors import ModelMismatchError, StatsError
 
 FloatArray = NDArray[np.floating[Any]]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 2 added `mode` and `probes`; version 1 was always `"replay"` with six probes."""
+_VERSION_1 = {"mode": "replay", "probes": 6}
+_MODES = ("replay", "residual")
 _ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain", "amplification")
+_COUNTS = ("branches", "velocity_bytes", "output_bytes", "numel", "probes")
 _META = "meta"
 _MAX_META_BYTES = 16 * 2**20
 
@@ -57,7 +64,9 @@ class CalibrationStats:
 
     The velocity delta D[t, g, lag] is the change of the guided model output at step t when group g
     adds the residual it had at step t - lag instead of its own. Vectors are stored as linear
-    sketches with one seed, so inner products between any two of them are kept.
+    sketches with one seed, so inner products between any two of them are kept. In mode
+    `"residual"` D is a stand-in, the scaled difference of the group's residuals, with directions
+    of its own: inner products are kept within a group only.
 
     Attributes:
         sigmas: (T+1,) noise levels, strictly falling, the last one 0.
@@ -81,6 +90,8 @@ class CalibrationStats:
         prompt_ids: P identifiers, each a digest of a prompt and its seed; sorted, all different.
         model: Hard fingerprint: transformer class, block lists, architecture hash.
         setting: Soft fingerprint: scheduler, guidance, resolution, dtype and so on.
+        mode: `"replay"` if velocity deltas were measured, `"residual"` if residuals stand in.
+        probes: Perturbed runs that `amplification` was measured with; 0 if it was not.
 
     Example:
         >>> stats = CalibrationStats.load("stats.npz")  # doctest: +SKIP
@@ -104,6 +115,8 @@ class CalibrationStats:
     model: dict[str, Any]
     setting: dict[str, Any]
     amplification: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    mode: str = "replay"
+    probes: int = 0
 
     def __post_init__(self) -> None:
         if self.amplification.size == 0:
@@ -132,6 +145,28 @@ class CalibrationStats:
     def max_lag(self) -> int:
         """M."""
         return int(self.deltas.shape[3])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What statistics must share to be merged."""
+        return {
+            "mode": self.mode,
+            "model": self.model,
+            "groups": [group.name for group in self.groups],
+            "lags": self.max_lag,
+            "probes": self.probes,
+            "sketch_seed": self.sketch_seed,
+            "sketch_size": int(self.velocities.shape[2]),
+            "setting": self.setting,
+            "sigmas": tuple(float(sigma) for sigma in self.sigmas),
+            "branches": self.branches,
+            "numel": self.numel,
+        }
+
+    @property
+    def prompts_sha256(self) -> str:
+        """One digest of all prompts and their seeds."""
+        return hashlib.sha256("".join(self.prompt_ids).encode()).hexdigest()
 
     @property
     def group_ms(self) -> FloatArray:
@@ -197,48 +232,11 @@ class CalibrationStats:
         """Statistics of both sets of prompts; the same whatever the order or the split.
 
         Raises:
-            ModelMismatchError: Something other than the prompts differs; the message names it.
+            ModelMismatchError: Something other than the prompts differs; the message names it and
+                both values.
             StatsError: A prompt stands in both.
         """
-        for name in ("groups", "branches", "max_lag", "numel", "sketch_seed", "model", "setting"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise ModelMismatchError(
-                    f"cannot merge statistics: {name} differs ({mine!r} and {theirs!r})"
-                )
-        if self.velocities.shape[2] != other.velocities.shape[2]:
-            raise ModelMismatchError(
-                "cannot merge statistics: sketch size differs "
-                f"({self.velocities.shape[2]} and {other.velocities.shape[2]})"
-            )
-        if not np.array_equal(self.sigmas, other.sigmas):
-            raise ModelMismatchError("cannot merge statistics: sigmas differ")
-        both = sorted(set(self.prompt_ids) & set(other.prompt_ids))
-        if both:
-            raise StatsError(
-                f"cannot merge statistics: {len(both)} prompts stand in both, the first is "
-                f"{both[0]}; merge each file once"
-            )
-        ids = self.prompt_ids + other.prompt_ids
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-
-        def joined(name: str) -> Any:
-            rows: FloatArray = np.concatenate([getattr(self, name), getattr(other, name)])[order]
-            return rows
-
-        same = {name: getattr(self, name) for name in _meta_fields()}
-        # A longer prompt has larger text residuals, and plans are made for the largest.
-        pairs = zip(self.group_bytes, other.group_bytes, strict=True)
-        same["group_bytes"] = tuple(max(pair) for pair in pairs)
-        for name in ("velocity_bytes", "output_bytes"):
-            same[name] = max(getattr(self, name), getattr(other, name))
-        same["prompt_ids"] = tuple(ids[i] for i in order)
-        return CalibrationStats(
-            sigmas=self.sigmas,
-            groups=self.groups,
-            **{name: joined(name) for name in _ARRAYS if name != "sigmas"},
-            **same,
-        )
+        return merge_all([self, other])
 
     def select(self, indices: list[int]) -> CalibrationStats:
         """The same statistics with only some prompts (positions in `prompt_ids`)."""
@@ -255,7 +253,7 @@ class CalibrationStats:
         """A few lines for a person."""
         full = float(self.group_ms.sum()) + self.rest_ms
         lines = [
-            f"CalibrationStats of {self.model.get('class_name', '?')}",
+            f"CalibrationStats of {self.model.get('class_name', '?')}, {self.mode} mode",
             f"  prompts {self.num_prompts}, steps {self.num_steps}, groups {self.num_groups}, "
             f"lags {self.max_lag}, sketch {self.velocities.shape[2]}",
             f"  a step: {full:.2f} ms in the transformer, {self.overhead_ms:.2f} ms outside it",
@@ -270,6 +268,64 @@ class CalibrationStats:
         return "\n".join(lines)
 
 
+def merge_all(parts: Sequence[CalibrationStats]) -> CalibrationStats:
+    """Statistics of all prompts of several parts; see `CalibrationStats.merge`."""
+    if not parts:
+        raise StatsError("there are no statistics to merge")
+    first, ids = parts[0], [identity for part in parts for identity in part.prompt_ids]
+    for part in parts[1:]:
+        found = difference(first.identity, part.identity)
+        if found:
+            raise ModelMismatchError(f"cannot merge statistics: {found}")
+    twice = sorted(identity for identity, count in Counter(ids).items() if count > 1)
+    if twice:
+        raise StatsError(
+            f"cannot merge statistics: {len(twice)} prompts stand in more than one part, the "
+            f"first is {twice[0]}; merge each file once"
+        )
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+
+    def joined(name: str) -> FloatArray:
+        rows: FloatArray = np.concatenate([getattr(part, name) for part in parts])[order]
+        return rows
+
+    same = {name: getattr(first, name) for name in _meta_fields()}
+    # A longer prompt has larger text residuals, and plans are made for the largest.
+    sizes = zip(*(part.group_bytes for part in parts), strict=True)
+    same["group_bytes"] = tuple(max(size) for size in sizes)
+    for name in ("velocity_bytes", "output_bytes"):
+        same[name] = max(getattr(part, name) for part in parts)
+    same["prompt_ids"] = tuple(ids[i] for i in order)
+    return CalibrationStats(
+        sigmas=first.sigmas,
+        groups=first.groups,
+        **{name: joined(name) for name in _ARRAYS if name != "sigmas"},
+        **same,
+    )
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], within: str = "") -> str:
+    """The first field in which two mappings differ, with both values; empty if they agree.
+
+    Example:
+        >>> difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+        'b.c differs (2 and 3)'
+    """
+    for name in dict.fromkeys([*mine, *theirs]):
+        one, other = mine.get(name), theirs.get(name)
+        if one == other:
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            return difference(one, other, f"{within}{name}.")
+        if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+            index = next(i for i, pair in enumerate(zip(one, other, strict=True)) if len(set(pair)) > 1)
+            return f"{within}{name}[{index}] differs ({one[index]!r} and {other[index]!r})"
+        if isinstance(one, tuple) and isinstance(other, tuple):
+            return f"the length of {within}{name} differs ({len(one)} and {len(other)})"
+        return f"{within}{name} differs ({one!r} and {other!r})"
+    return ""
+
+
 def _meta_fields() -> tuple[str, ...]:
     return (
         "branches",
@@ -281,6 +337,8 @@ def _meta_fields() -> tuple[str, ...]:
         "prompt_ids",
         "model",
         "setting",
+        "mode",
+        "probes",
     )
 
 
@@ -317,6 +375,11 @@ def _validate(stats: CalibrationStats) -> None:
             f"prompts={prompts}, groups={groups}, branches={stats.branches}, "
             f"numel={stats.numel}: each must be at least 1"
         )
+    if stats.mode not in _MODES or stats.probes < 0:
+        raise StatsError(
+            f"mode is {stats.mode!r} and probes {stats.probes}; the modes are "
+            f"{' and '.join(map(repr, _MODES))}, and probes cannot be negative"
+        )
     if (stats.times_ms < 0).any():
         raise StatsError("times_ms must not be negative")
     if (stats.image_gain <= 0).any() or (stats.amplification <= 0).any():
@@ -346,10 +409,12 @@ def _read(archive: zipfile.ZipFile, path: str) -> CalibrationStats:
     if not isinstance(meta, dict):
         raise StatsError(f"{path}: its metadata is not a JSON object")
     version = meta.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
+    if version == 1:
+        meta = {**_VERSION_1, **meta}
+    elif version != SCHEMA_VERSION:
         raise StatsError(
-            f"{path}: statistics of schema version {version!r}; this LayerCache reads version "
-            f"{SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
+            f"{path}: statistics of schema version {version!r}; this LayerCache reads versions 1 "
+            f"and {SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
         )
     arrays: dict[str, Any] = {}
     for name in _ARRAYS:
@@ -360,10 +425,12 @@ def _read(archive: zipfile.ZipFile, path: str) -> CalibrationStats:
     try:
         groups = tuple(Group(**group) for group in meta.pop("groups"))
         fields = {name: meta.pop(name) for name in _meta_fields()}
-        for name in ("branches", "velocity_bytes", "output_bytes", "numel", "sketch_seed"):
+        for name in (*_COUNTS, "sketch_seed"):
             fields[name] = int(fields[name])
         fields["group_bytes"] = tuple(int(value) for value in fields["group_bytes"])
         fields["prompt_ids"] = tuple(str(value) for value in fields["prompt_ids"])
+        for name in ("model", "setting"):
+            fields[name] = dict(fields[name])
     except (KeyError, TypeError, ValueError) as error:
         raise StatsError(f"{path}: its metadata is malformed ({error!r})") from error
     if meta:

@@ -15,7 +15,9 @@ from layercache.errors import StatsError
 
 
 class CountSketch:
-    """A seeded linear map from N numbers to at most `size`; the identity where N <= `size`.
+    """A seeded linear map from N numbers to `size`.
+
+    Where N <= `size` it is the identity, with N numbers, unless `exact` is False.
 
     Example:
         >>> sketch = CountSketch(numel=6, size=8, seed=0)
@@ -23,16 +25,18 @@ class CountSketch:
         torch.Size([2, 6])
     """
 
-    def __init__(self, numel: int, size: int, seed: int) -> None:
+    def __init__(self, numel: int, size: int, seed: int, *, exact: bool = True) -> None:
         self.numel = numel
-        self.size = min(size, numel)
-        self._exact = numel <= size
+        self._exact = exact and numel <= size
+        self.size = numel if self._exact else size
+        # Drawn on the CPU, so that every device has the same ones.
         generator = torch.Generator().manual_seed(seed)
-        self._bucket = torch.randint(self.size, (numel,), generator=generator)
-        self._sign = torch.randint(2, (numel,), generator=generator).float() * 2 - 1
+        bucket = torch.randint(self.size, (numel,), generator=generator)
+        sign = torch.randint(2, (numel,), generator=generator) * 2 - 1
+        self._bucket, self._sign = bucket.to(torch.int32), sign.to(torch.int8)
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Sketch each item of a batch: (B, ...) with N elements an item, to (B, S) float32."""
+        """Sketch each item of a batch on its device: (B, ...) of N elements, to (B, S) float32."""
         flat = batch.reshape(len(batch), -1).float()
         if flat.shape[1] != self.numel:
             raise StatsError(
@@ -44,3 +48,8 @@ class CountSketch:
         self._bucket, self._sign = self._bucket.to(flat.device), self._sign.to(flat.device)
         result = flat.new_zeros(len(flat), self.size)
         return result.index_add_(1, self._bucket, flat * self._sign)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tables."""
+        return self._bucket.nbytes + self._sign.nbytes
