@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from layercache.calibration.estimate import CalibrationEstimate
 from layercache.calibration.grouping import Groups, auto_count, split_groups
-from layercache.calibration.parts import Parts
+from layercache.calibration.parts import Parts, require_same
 from layercache.calibration.prompts import Batch, Prompt, batches
 from layercache.calibration.segmentation import alike_groups
 from layercache.calibration.session import Log, Options, Session
@@ -68,7 +68,7 @@ def calibrate(
         sketch_size: S; the relative error of an inner product is about sqrt(2 / S).
         mode: `"replay"` measures velocity deltas. `"residual"` takes about one generation of time
             and lets the scaled differences of residuals stand in for them.
-        probes: Perturbed runs a batch, which measure how errors grow; six in replay mode and none
+        probes: Perturbed runs a batch, which measure how errors grow; four in replay mode and none
             in residual mode if None.
         max_memory: Bytes that the run may use above the model on its device. Lags are replayed in
             smaller batches, and residuals kept on the CPU, where that is needed. None is 90 % of
@@ -187,16 +187,19 @@ def _measure(
     found: list[CalibrationStats] = []
     todo = []
     for batch in work:
-        kept = [parts and parts.load(identity, session.identity) for identity in batch.ids]
-        if all(kept):
-            found += [stats for stats in kept if stats is not None]
+        kept = [] if parts is None else parts.load_all(batch.ids, session.identity)
+        if len(kept) == len(batch.ids):
+            found += kept
         else:
             todo.append(batch)
-    if found:
-        log(f"resuming: {len(found)} prompts are in {parts and parts.folder} already")
+    if found and parts is not None:
+        log(f"resuming: {len(found)} prompts are in {parts.folder} already")
     if not todo:
         return found
-    log(str(session.estimate(todo)))
+    estimate = session.estimate(todo)
+    log(str(estimate))
+    for stats in found:
+        require_same("statistics in the folder", {"sigmas": estimate.sigmas}, stats)
     total = sum(len(batch.ids) for batch in todo)
     steps = session.options.num_inference_steps
     with tqdm(total=total * steps, unit="step", desc="calibrate", disable=not progress) as bar:
@@ -244,7 +247,7 @@ def find_groups(
     arguments: Mapping[str, Any],
     log: Log = _log,
 ) -> tuple[Group, ...]:
-    """`count` groups from a pass in residual mode with one group a block, on two prompts at most."""
+    """`count` groups, from a pass in residual mode with one group a block on a few prompts."""
     counts = _block_counts(pipe)
     # Out of range is an error before anything runs.
     split_groups(counts, count)

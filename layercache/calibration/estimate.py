@@ -279,7 +279,9 @@ def _plan_memory(
     if jobs.mode == "residual":
         # Tables of every stream, and a residual in float32 twice.
         elements = sum(
-            stream.numel() for branch in replayable.branches for stream in branch.residuals[0].values()
+            stream.numel()
+            for branch in replayable.branches
+            for stream in branch.residuals[0].values()
         )
         sketching += 5 * elements // prompts + 12 * elements
     answers = jobs.lags * prompts * numel * 4 * len(replayable.branches)
@@ -302,7 +304,10 @@ def _plan_memory(
         if fitting:
             away = host + (probe.held_bytes + jobs.history * step if offload else 0)
             return _Memory(
-                need(offload, fitting[-1]), 0 if device.type == "cpu" else away, offload, fitting[-1]
+                need(offload, fitting[-1]),
+                0 if device.type == "cpu" else away,
+                offload,
+                fitting[-1],
             )
     smallest = need(device.type != "cpu", 1)
     raise StatsError(

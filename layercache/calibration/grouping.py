@@ -26,8 +26,8 @@ def auto_count(groups: Groups) -> int | None:
     """
     if not isinstance(groups, str) or groups.split(":")[0].strip() != "auto":
         return None
-    name, _, count = groups.partition(":")
-    if not _:
+    _, colon, count = groups.partition(":")
+    if not colon:
         return AUTO_COUNT
     if not count.strip().isdigit() or int(count) < 1:
         raise StatsError(f"groups is {groups!r}; write auto:N with a number of at least 1")

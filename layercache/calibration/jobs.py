@@ -10,7 +10,7 @@ from layercache.errors import StatsError
 
 Mode = Literal["replay", "residual"]
 MODES: tuple[str, ...] = get_args(Mode)
-SCALE_STEPS = 4
+SCALE_STEPS = 5
 """Steps at which residual mode replays each group once."""
 
 
@@ -20,15 +20,15 @@ class Jobs:
 
     Attributes:
         mode: In `"replay"` mode every group at every lag; in `"residual"` mode every group at lag 1
-            and only at a few steps, evenly spaced.
+            and only at a few steps, evenly spaced from the second to the last.
         steps: T.
         groups: G.
         lags: M.
 
     Example:
         >>> jobs = Jobs("residual", steps=8, groups=2, lags=3)
-        >>> jobs.scale_steps, jobs.at(1), jobs.at(2)
-        ((1, 3, 5, 7), ((0, 1), (1, 1)), ())
+        >>> jobs.scale_steps, jobs.at(1), jobs.at(3)
+        ((1, 2, 4, 6, 7), ((0, 1), (1, 1)), ())
     """
 
     mode: str
@@ -43,8 +43,10 @@ class Jobs:
     @cached_property
     def scale_steps(self) -> tuple[int, ...]:
         """Steps at which residual mode replays."""
-        count = min(SCALE_STEPS, self.steps - 1)
-        return tuple(sorted({1 + (2 * i + 1) * (self.steps - 1) // (2 * count) for i in range(count)}))
+        last = self.steps - 1
+        count = min(SCALE_STEPS, last)
+        spaced = (1 + i * (last - 1) / max(count - 1, 1) for i in range(count))
+        return tuple(round(step) for step in spaced)
 
     def at(self, step: int) -> tuple[tuple[int, int], ...]:
         """The pairs of one step, by group.

@@ -30,7 +30,8 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._storages = None if device.type == "cuda" else _Storages(device)
+        # `Any`, since torch's dispatch modes carry no types.
+        self._storages: Any = None if device.type == "cuda" else _Storages(device)
         self._base = self._peak = 0
 
     def __enter__(self) -> Self:
@@ -55,7 +56,7 @@ class PeakMemory:
     def live(self) -> int:
         """Bytes now, above those at the start."""
         if self._storages is not None:
-            return self._storages.live
+            return int(self._storages.live)
         return torch.cuda.memory_allocated(self._device) - self._base
 
     @property
@@ -75,15 +76,15 @@ class PeakMemory:
 
     def _since_lap(self) -> int:
         if self._storages is not None:
-            return self._storages.peak
+            return int(self._storages.peak)
         return torch.cuda.max_memory_allocated(self._device) - self._base
 
 
-class _Storages(TorchDispatchMode):
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations return and that none of their arguments had."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._known: dict[int, int] = {}
         self.live = self.peak = 0

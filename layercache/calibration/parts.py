@@ -6,7 +6,7 @@ Files are named by prompt identity and written atomically, so that a file that i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +37,42 @@ class Parts:
             for stale in self.folder.glob(f"{path.name}.*.partial"):
                 stale.unlink(missing_ok=True)
 
-    def load(self, identity: str, expected: Mapping[str, Any]) -> CalibrationStats | None:
-        """The statistics of a prompt, or None if there are none yet.
+    def load_all(
+        self, identities: Sequence[str], expected: Mapping[str, Any]
+    ) -> list[CalibrationStats]:
+        """The statistics of those prompts that have a file.
 
         Args:
-            identity: The prompt's.
+            identities: The prompts'.
             expected: What the run under way knows of `CalibrationStats.identity`.
 
         Raises:
-            ModelMismatchError: The file is of another run; the message names the field.
-            StatsError: The file is damaged.
+            ModelMismatchError: A file is of another run; the message names the field.
+            StatsError: A file is damaged.
         """
-        path = self.path(identity)
-        if not path.exists():
-            return None
-        stats = CalibrationStats.load(path)
-        found = difference(expected, {name: stats.identity[name] for name in expected})
-        if found:
-            raise ModelMismatchError(
-                f"{path} is of another run: {found} (this run, the file); use another folder, or "
-                "remove it"
-            )
-        return stats
+        found = []
+        for path in filter(Path.exists, map(self.path, identities)):
+            stats = CalibrationStats.load(path)
+            require_same(str(path), expected, stats)
+            found.append(stats)
+        return found
 
     def groups_of_first(self) -> Any:
         """The groups of some file in the folder, or None."""
         for path in sorted(self.folder.glob("*.npz")):
             return CalibrationStats.load(path).groups
         return None
+
+
+def require_same(name: str, expected: Mapping[str, Any], stats: CalibrationStats) -> None:
+    """Raise unless statistics agree with what a run knows of their identity.
+
+    Raises:
+        ModelMismatchError: They do not; the message names the field and both values.
+    """
+    found = difference(expected, {field: stats.identity[field] for field in expected})
+    if found:
+        raise ModelMismatchError(
+            f"{name} is of another run: {found} (this run, then the file); use another folder, or "
+            "remove it"
+        )

@@ -1,4 +1,4 @@
-"""Runs of the pipeline whose early velocities are known, and what a changed latent does to an image."""
+"""Runs whose early velocities are known, and what a changed latent does to the image."""
 
 from __future__ import annotations
 

@@ -256,9 +256,7 @@ class ReplayableTransformer:
     def residual_bytes(self, group: int) -> int:
         """Bytes of one stored residual of a group, all branches, for the whole batch."""
         return sum(
-            tensor.nbytes
-            for branch in self.branches
-            for tensor in branch.residuals[group].values()
+            tensor.nbytes for branch in self.branches for tensor in branch.residuals[group].values()
         )
 
     def held_bytes(self) -> int:

@@ -98,7 +98,7 @@ def residual_deltas(
     at = list(scale_steps)
     if not at:
         return deltas
-    moved = np.linalg.norm(deltas[:, at, :, 0].astype(np.float64), axis=-1)
+    moved = np.linalg.norm(deltas[:, at][:, :, :, 0].astype(np.float64), axis=-1)
     logs = np.log(np.maximum(norms, 1e-30) / np.maximum(moved, 1e-30))
     # `np.interp` wants rising abscissae; sigmas fall.
     where = np.array([sigmas[step] for step in at])[::-1]

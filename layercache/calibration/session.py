@@ -80,7 +80,7 @@ class Session:
     def identity(self) -> dict[str, Any]:
         """What is known before the run of `CalibrationStats.identity`."""
         options = self.options
-        known = {
+        return {
             "mode": options.mode,
             "model": self.model,
             "groups": [group.name for group in self.groups],
@@ -89,9 +89,6 @@ class Session:
             "sketch_seed": options.seed,
             "setting": self.setting,
         }
-        if self._estimate is not None:
-            known["sigmas"] = self._estimate.sigmas
-        return known
 
     def estimate(self, work: Sequence[Batch]) -> CalibrationEstimate:
         """What measuring these batches will take; the decisions of `measure` follow from it."""

@@ -59,7 +59,7 @@ class Processes:
     def __init__(self, on_cpu: bool) -> None:
         self._state: Any = None
         if launched():
-            from accelerate import PartialState
+            from accelerate import PartialState  # type: ignore[import-untyped]
 
             self._state = PartialState(cpu=on_cpu)
 
@@ -74,7 +74,7 @@ class Processes:
         """Everyone's items, at everyone, in the order of the processes."""
         if self._state is None:
             return items
-        from accelerate.utils import gather_object
+        from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
         return list(gather_object(items))
 

@@ -33,7 +33,7 @@ class Clock:
     def mark(self) -> Mark:
         """Now, on the device."""
         if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
             return event
         if self._device.type == "mps":

@@ -1,29 +1,32 @@
-"""`CalibrationStats`: what one calibration measured, and the `.npz` file that holds it.
+"""`CalibrationStats`: what one calibration measured.
 
 Shape suffixes: P prompts, T steps, G groups, M lags, S sketch size.
-
-A statistics file is an *uncompressed* `.npz` without pickled objects: a member can then never
-declare more bytes than the file really has, so that a hostile or truncated file is refused before
-anything large is allocated.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layercache.errors import ModelMismatchError, StatsError
+from layercache.stats.file import read_archive, write_archive, write_atomically
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CalibrationStats",
+    "FloatArray",
+    "Group",
+    "difference",
+    "merge_all",
+    "write_atomically",
+]
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -33,8 +36,6 @@ _VERSION_1 = {"mode": "replay", "probes": 6}
 _MODES = ("replay", "residual")
 _ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain", "amplification")
 _COUNTS = ("branches", "velocity_bytes", "output_bytes", "numel", "probes")
-_META = "meta"
-_MAX_META_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +204,7 @@ class CalibrationStats:
         }
         for name in _meta_fields():
             meta[name] = getattr(self, name)
-        text = json.dumps(meta, sort_keys=True).encode()
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
-        arrays[_META] = np.frombuffer(text, dtype=np.uint8)
-        np.savez(buffer, **arrays)
-        write_atomically(path, buffer.getvalue())
+        write_archive(path, {name: getattr(self, name) for name in _ARRAYS}, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:
@@ -218,15 +214,8 @@ class CalibrationStats:
             StatsError: The file is missing, truncated, malformed, compressed, of a newer version,
                 or holds NaN.
         """
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return _read(archive, str(path))
-        except FileNotFoundError:
-            raise StatsError(f"{path}: no such statistics file") from None
-        except (zipfile.BadZipFile, EOFError, OSError, KeyError, NotImplementedError) as error:
-            raise StatsError(
-                f"{path}: not a whole statistics file ({error}); calibrate again or restore a copy"
-            ) from error
+        arrays, meta = read_archive(path, _ARRAYS)
+        return _built(arrays, meta, str(path))
 
     def merge(self, other: CalibrationStats) -> CalibrationStats:
         """Statistics of both sets of prompts; the same whatever the order or the split.
@@ -285,7 +274,7 @@ def merge_all(parts: Sequence[CalibrationStats]) -> CalibrationStats:
         )
     order = sorted(range(len(ids)), key=ids.__getitem__)
 
-    def joined(name: str) -> FloatArray:
+    def joined(name: str) -> Any:
         rows: FloatArray = np.concatenate([getattr(part, name) for part in parts])[order]
         return rows
 
@@ -318,7 +307,7 @@ def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], within: str =
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             return difference(one, other, f"{within}{name}.")
         if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-            index = next(i for i, pair in enumerate(zip(one, other, strict=True)) if len(set(pair)) > 1)
+            index = next(i for i, item in enumerate(one) if item != other[i])
             return f"{within}{name}[{index}] differs ({one[index]!r} and {other[index]!r})"
         if isinstance(one, tuple) and isinstance(other, tuple):
             return f"the length of {within}{name} differs ({len(one)} and {len(other)})"
@@ -390,24 +379,7 @@ def _validate(stats: CalibrationStats) -> None:
         raise StatsError("prompt_ids must be sorted, all different, and as many as the prompts")
 
 
-def _read(archive: zipfile.ZipFile, path: str) -> CalibrationStats:
-    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    unknown = sorted(set(members) - {_META, *_ARRAYS})
-    missing = sorted({_META, *_ARRAYS} - set(members))
-    if missing or unknown:
-        raise StatsError(f"{path}: not a statistics file (missing {missing}, unknown {unknown})")
-    for name, info in members.items():
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise StatsError(f"{path}: member {name!r} is compressed; statistics files never are")
-    if members[_META].file_size > _MAX_META_BYTES:
-        raise StatsError(f"{path}: its metadata has {members[_META].file_size} bytes; refused")
-    with archive.open(members[_META]) as file:
-        try:
-            meta = json.loads(_array(file, members[_META], path).tobytes())
-        except ValueError as error:
-            raise StatsError(f"{path}: its metadata is not JSON ({error})") from error
-    if not isinstance(meta, dict):
-        raise StatsError(f"{path}: its metadata is not a JSON object")
+def _built(arrays: dict[str, Any], meta: dict[str, Any], path: str) -> CalibrationStats:
     version = meta.pop("schema_version", None)
     if version == 1:
         meta = {**_VERSION_1, **meta}
@@ -416,12 +388,9 @@ def _read(archive: zipfile.ZipFile, path: str) -> CalibrationStats:
             f"{path}: statistics of schema version {version!r}; this LayerCache reads versions 1 "
             f"and {SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
         )
-    arrays: dict[str, Any] = {}
     for name in _ARRAYS:
-        with archive.open(members[name]) as file:
-            arrays[name] = _array(file, members[name], path)
-            if arrays[name].dtype.kind != "f":
-                raise StatsError(f"{path}: {name} has dtype {arrays[name].dtype}, not a float")
+        if arrays[name].dtype.kind != "f":
+            raise StatsError(f"{path}: {name} has dtype {arrays[name].dtype}, not a float")
     try:
         groups = tuple(Group(**group) for group in meta.pop("groups"))
         fields = {name: meta.pop(name) for name in _meta_fields()}
@@ -436,39 +405,3 @@ def _read(archive: zipfile.ZipFile, path: str) -> CalibrationStats:
     if meta:
         raise StatsError(f"{path}: unknown metadata {sorted(meta)}")
     return CalibrationStats(groups=groups, **arrays, **fields)
-
-
-def _array(file: Any, info: zipfile.ZipInfo, path: str) -> NDArray[Any]:
-    """Read one `.npy` member, checking the declared size against the real one first."""
-    stream: BinaryIO = file
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise StatsError(f"{path}: {info.filename} has .npy version {version}, not (1, 0)")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
-        raise StatsError(f"{path}: {info.filename} is not an array ({error})") from error
-    size = dtype.itemsize
-    for length in shape:
-        size *= int(length)
-    if dtype.hasobject or fortran or size < 0 or stream.tell() + size != info.file_size:
-        raise StatsError(f"{path}: {info.filename} declares {size} bytes and has other contents")
-    data = bytearray(stream.read(size))
-    if len(data) != size:
-        raise StatsError(f"{path}: {info.filename} is truncated")
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` beside `path` and move it into place; parents are made."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
