@@ -131,7 +131,9 @@ def test_merge_joins_and_refuses_the_same_prompts_twice(
     calibrate(weights, other, "--prompts", prompts)
     data = json.loads(succeeded("merge", stats_file, other, "--out", out, "--json").stdout)
     assert data["prompts"] == 4
-    assert "3 prompts stand in both" in failed(1, "merge", stats_file, stats_file, "--out", out)
+    assert "3 prompts stand in more than one part" in failed(
+        1, "merge", stats_file, stats_file, "--out", out
+    )
 
 
 def test_merge_of_another_model_is_a_mismatch(stats_file: Path, tmp_path: Path) -> None:

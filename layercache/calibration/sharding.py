@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from layercache.errors import StatsError
 
 T = TypeVar("T")
@@ -47,6 +49,13 @@ def launched() -> bool:
 def is_main_process() -> bool:
     """Whether this process is the one that reports; without a launcher it is."""
     return not launched() or int(os.environ.get("RANK", "0")) == 0
+
+
+def local_device() -> str | None:
+    """The GPU that a launcher meant for this process, if there is one."""
+    if not launched() or not torch.cuda.is_available():
+        return None
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 class Processes:
