@@ -11,7 +11,7 @@ from layercache.stats import Group
 
 Groups = int | str | Sequence[Group] | None
 AUTO_COUNT = 4
-_RANGE = re.compile(r"(?:(\w+)\[)?(\d+):(\d+)\]?")
+_RANGE = re.compile(r"(\w+)\[(\d+):(\d+)\]|(\d+):(\d+)")
 
 
 def auto_count(groups: Groups) -> int | None:
@@ -55,13 +55,14 @@ def parse_groups(block_lists: Mapping[str, int], text: str) -> int | tuple[Group
     found = []
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
-        if match is None or (match[1] is None and len(block_lists) > 1):
+        if match is None or (not match[1] and len(block_lists) > 1):
             raise StatsError(
                 f"groups is {text!r}; give a number, auto, auto:N, blocks, or ranges such as "
                 + ",".join(f"{name}[0:{count}]" for name, count in block_lists.items())
             )
         name = match[1] or next(iter(block_lists))
-        found.append(Group(block_list=name, start=int(match[2]), stop=int(match[3])))
+        start, stop = int(match[2] or match[4]), int(match[3] or match[5])
+        found.append(Group(block_list=name, start=start, stop=stop))
     return tuple(found)
 
 
