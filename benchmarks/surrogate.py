@@ -10,7 +10,8 @@ measured error:
 
 - `spearman_velocity`: the objective of a plan, from velocity deltas (replay mode) with
   propagation.
-- `spearman_residual`: the same from residual mode, which has no propagation.
+- `spearman_residual`: the same from residual mode, which has no propagation by default;
+  `spearman_residual_probes` gives it that of replay mode.
 - `spearman_feature`: the sum over cells of the local feature error ||r_pred - r||^2 / ||r||^2, with
   r the unit's residual or, for a whole step, the velocity.
 
@@ -28,6 +29,7 @@ for another run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -64,6 +66,14 @@ GAINS = ("none", "unit", "cell")
 SIZES = (256, 512, 1024, 2048)
 DEFAULT_SIZE = 1024
 CELLS = 4000
+PREDICTIONS = (
+    "velocity",
+    "residual",
+    "residual_probes",
+    "feature",
+    "velocity_vector",
+    "residual_vector",
+)
 
 FloatArray = NDArray[np.float64]
 
@@ -312,6 +322,8 @@ def measure(count: int, steps: int, size: int, parts: Path, progress: bool) -> d
     }
     replay = calibrate(pipe, texts, parts=parts / "replay", **common)
     residual = calibrate(pipe, texts, mode="residual", parts=parts / "residual", **common)
+    # Perturbed runs in residual mode would be those of replay mode, prompts and noise being equal.
+    informed = dataclasses.replace(residual, amplification=replay.amplification)
     call = arguments | {"num_inference_steps": steps}
     order = sorted(batches(texts, 0, 1, call), key=lambda batch: batch.ids)
     features = Features(pipe, order, replay)
@@ -332,6 +344,7 @@ def measure(count: int, steps: int, size: int, parts: Path, progress: bool) -> d
                 "measured": geometric(error),
                 "velocity": objective(replay, plan),
                 "residual": objective(residual, plan),
+                "residual_probes": objective(informed, plan),
                 "feature": features.error(plan),
                 "velocity_vector": geometric(
                     trajectory_error(replay, plan.solution.units, plan.values)
@@ -342,14 +355,13 @@ def measure(count: int, steps: int, size: int, parts: Path, progress: bool) -> d
             }
         )
     sketched = sketch_errors(replay)
-    names = ("velocity", "residual", "feature", "velocity_vector", "residual_vector")
     kinds = sorted({row["kind"] for row in rows})
     return {
-        **{f"spearman_{name}": correlation(rows, name) for name in names},
+        **{f"spearman_{name}": correlation(rows, name) for name in PREDICTIONS},
         "by_kind": {
             kind: {
                 name: correlation([row for row in rows if row["kind"] == kind], name)
-                for name in names
+                for name in PREDICTIONS
             }
             for kind in kinds
         },
@@ -371,16 +383,15 @@ def correlation(rows: Sequence[dict[str, Any]], name: str) -> float:
 
 def report(figures: dict[str, Any]) -> str:
     """The figures as a table for a person."""
-    names = ("velocity", "residual", "feature", "velocity_vector", "residual_vector")
     lines = [
         f"{figures['plans']} random plans, {figures['steps']} steps, "
         f"{figures['calibration_prompts']} calibration and {figures['validation_prompts']} "
         "validation prompts; Spearman's correlation with the measured final error",
-        f"  {'plans':<14}" + "".join(f"{name:>17}" for name in names),
-        f"  {'all':<14}" + "".join(f"{figures[f'spearman_{name}']:>17.3f}" for name in names),
+        f"  {'plans':<14}" + "".join(f"{name:>17}" for name in PREDICTIONS),
+        f"  {'all':<14}" + "".join(f"{figures[f'spearman_{name}']:>17.3f}" for name in PREDICTIONS),
     ]
     for kind, values in figures["by_kind"].items():
-        lines.append(f"  {kind:<14}" + "".join(f"{values[name]:>17.3f}" for name in names))
+        lines.append(f"  {kind:<14}" + "".join(f"{values[name]:>17.3f}" for name in PREDICTIONS))
     lines.append("sketches against exact vectors, medians (and 95th percentile of ||delta||^2)")
     for size, errors in figures["sketch_errors"].items():
         lines.append(
