@@ -37,7 +37,7 @@ from layercache.stats import write_atomically
 SHARES = (0.73, 0.5, 0.33)
 UNITS = (("groups",), ("step", "groups"))
 COUNTS = (1, 2, 4, 8, 16, 32)
-SETS = 3
+SETS = 2
 BATCH = 8
 
 

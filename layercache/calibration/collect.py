@@ -273,8 +273,9 @@ def collect(
 def _bytes(output: Any) -> int:
     if isinstance(output, Tensor):
         return output.nbytes
-    items = output.values() if isinstance(output, dict) else output
-    return sum(_bytes(item) for item in items) if not isinstance(output, str) else 0
+    if not isinstance(output, dict | list | tuple):
+        return 0
+    return sum(_bytes(item) for item in (output.values() if isinstance(output, dict) else output))
 
 
 @contextmanager

@@ -29,11 +29,11 @@ from layercache.errors import StatsError
 
 
 class ResidualSketches:
-    """Sketches of each step's residuals, one number in the sum a (branch, stream)."""
+    """Sketches of each step's residuals, of all branches and streams together."""
 
     def __init__(self, size: int, seed: int, prompts: int) -> None:
         self._size, self._seed, self._prompts = size, seed, prompts
-        self._sketches: dict[tuple[int, str], CountSketch] = {}
+        self._sketches: dict[tuple[int, str, int], CountSketch] = {}
         self.steps: list[NDArray[np.float32]] = []
 
     def add(self, replayable: ReplayableTransformer) -> None:
@@ -51,7 +51,8 @@ class ResidualSketches:
 
     def _sketch(self, number: int, name: str, residual: Tensor) -> Tensor:
         flat = by_prompt(residual, self._prompts)
-        key = (number, name)
+        # Block lists of one model may differ in how long their streams are.
+        key = (number, name, flat.shape[1])
         if key not in self._sketches:
             # A stream of its own for every part: then the sketch of the whole is the parts' sum.
             seed = self._seed + 1 + len(self._sketches)
