@@ -78,6 +78,11 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
     show_default=True,
     help="Measure velocity deltas, or let residuals stand in for them (quick).",
 )
+@click.option(
+    "--probes",
+    type=click.IntRange(min=0),
+    help="Perturbed runs a batch that measure how errors grow.  [default: 4, residual mode: 0]",
+)
 @click.option("--max-memory", callback=parse_size, help="Bytes above the model, such as 12GB.")
 @click.option("--shard", callback=parse_shard, help="i/n: only the i-th (from 0) of n parts.")
 @click.option("--parts", type=FOLDER, help="Folder of finished prompts; default: OUT.parts.")
@@ -97,6 +102,7 @@ def calibrate(
     seed: int,
     batch_size: int,
     mode: str,
+    probes: int | None,
     max_memory: int | None,
     shard: tuple[int, int] | None,
     parts: Path | None,
@@ -126,6 +132,7 @@ def calibrate(
         seed=seed,
         batch_size=batch_size,
         mode=mode,
+        probes=probes,
         max_memory=max_memory,
         shard=shard,
         parts=folder,
