@@ -229,9 +229,11 @@ def _chosen_groups(
         return split_groups(_block_counts(pipe), groups)
     chosen: tuple[Group, ...] | None = None
     if is_main_process():
-        chosen = None if parts is None else parts.groups_of_first()
-        if chosen is None:
+        kept = None if parts is None else parts.found_groups(count)
+        if kept is None:
             chosen = find_groups(pipe, prompts, count, options, arguments, log)
+        else:
+            chosen = split_groups(_block_counts(pipe), kept)
         log(f"groups: {','.join(group.name for group in chosen)}")
     agreed = processes.agree(chosen)
     if agreed is None:

@@ -74,7 +74,7 @@ class CalibrationEstimate:
             f"{_duration(self.seconds)} ({self.generations:.1f} full generations a prompt, "
             f"{self.generation_seconds:.1f} s each for a batch of {self.batch_size}); at most "
             f"{_size(self.peak_bytes)} above the model{host}; residuals {place}, "
-            f"{self.lags_together} lags together; {_size(self.file_bytes)} of statistics"
+            f"lags replayed {self.lags_together} at a time; {_size(self.file_bytes)} of statistics"
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layercache.errors import ModelMismatchError
-from layercache.stats import CalibrationStats, difference
+from layercache.stats import CalibrationStats, Group, difference
 
 
 class Parts:
@@ -57,11 +57,22 @@ class Parts:
             found.append(stats)
         return found
 
-    def groups_of_first(self) -> Any:
-        """The groups of some file in the folder, or None."""
-        for path in sorted(self.folder.glob("*.npz")):
-            return CalibrationStats.load(path).groups
-        return None
+    def found_groups(self, count: int) -> tuple[Group, ...] | None:
+        """The groups that an `auto` run found before it was killed; None if there is no file.
+
+        Raises:
+            ModelMismatchError: There are not `count` of them.
+        """
+        path = next(iter(sorted(self.folder.glob("*.npz"))), None)
+        if path is None:
+            return None
+        groups = CalibrationStats.load(path).groups
+        if len(groups) != count:
+            raise ModelMismatchError(
+                f"{path} is of another run: the number of groups differs ({count} and "
+                f"{len(groups)}) (this run, then the file); use another folder, or remove it"
+            )
+        return groups
 
 
 def require_same(name: str, expected: Mapping[str, Any], stats: CalibrationStats) -> None:

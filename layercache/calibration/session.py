@@ -92,7 +92,7 @@ class Session:
 
     def estimate(self, work: Sequence[Batch]) -> CalibrationEstimate:
         """What measuring these batches will take; the decisions of `measure` follow from it."""
-        largest = max(work, key=lambda batch: len(batch.ids))
+        largest = max(work, key=Batch.extent)
         replayable = self._attach(offload=False)
         try:
             with torch.no_grad():

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from layercache.calibration import calibrate
 from layercache.calibration.parts import Parts
 from layercache.calibration.prompts import prompt_id
+from layercache.calibration.session import Session
 from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats import CalibrationStats
 from tests.calibration.worker import PROMPTS, calibrate_tiny, run
+from tests.tiny import tiny_arguments, tiny_pipeline
 
 FEW = PROMPTS[:3]
 
@@ -42,8 +45,6 @@ def test_finished_prompts_are_not_measured_again(
     whole = calibrate_tiny(tmp_path, FEW)
     Parts(tmp_path).path(prompt_id(FEW[1], 0)).unlink()
     measured: list[Any] = []
-    from layercache.calibration.session import Session
-
     original = Session.measure
     monkeypatch.setattr(
         Session,
@@ -72,9 +73,6 @@ def test_finished_prompts_are_not_measured_again(
 def test_files_of_another_run_are_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    from layercache.calibration import calibrate
-    from tests.tiny import tiny_arguments, tiny_pipeline
-
     calibrate_tiny(tmp_path, FEW[:1])
     call = tiny_arguments() | changes.pop("call_kwargs", {})
     options = {"num_inference_steps": 4, "groups": 2, "lags": 2, "call_kwargs": call} | changes
@@ -83,9 +81,6 @@ def test_files_of_another_run_are_refused(
 
 
 def test_another_schedule_is_noticed_before_the_run(tmp_path: Path) -> None:
-    from layercache.calibration import calibrate
-    from tests.tiny import tiny_arguments, tiny_pipeline
-
     calibrate_tiny(tmp_path, FEW[:1])
     call = tiny_arguments(sigmas=[1.0, 0.7, 0.5, 0.2])
     with pytest.raises(ModelMismatchError, match=r"sigmas\[1\] differs"):
@@ -94,6 +89,20 @@ def test_another_schedule_is_noticed_before_the_run(tmp_path: Path) -> None:
             lags=2, call_kwargs=call,
         )  # fmt: skip
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_auto_groups_are_those_that_were_found_before(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "num_inference_steps": 4, "lags": 2, "parts": tmp_path, "call_kwargs": tiny_arguments(),
+        "progress": False,
+    }  # fmt: skip
+    first = calibrate(tiny_pipeline(), FEW[:1], groups="0:3,3:4", **options)
+    said: list[str] = []
+    both = calibrate(tiny_pipeline(), FEW[:2], groups="auto:2", log=said.append, **options)
+    assert both.groups == first.groups and both.num_prompts == 2
+    assert not any(text.startswith("finding groups") for text in said)
+    with pytest.raises(ModelMismatchError, match=r"number of groups differs \(3 and 2\)"):
+        calibrate(tiny_pipeline(), FEW[:2], groups="auto:3", **options)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

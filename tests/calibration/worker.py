@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from layercache.calibration import calibrate
+from layercache.calibration.sharding import is_main_process
 from layercache.stats import CalibrationStats
 from tests.tiny import tiny_arguments, tiny_pipeline
 
@@ -42,6 +43,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
     stats = calibrate_tiny(None, batch_size=int(sys.argv[2]))
-    from layercache.calibration.sharding import is_main_process
-
     stats.save(out / ("main.npz" if is_main_process() else "other.npz"))
