@@ -81,7 +81,7 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 @click.option(
     "--probes",
     type=click.IntRange(min=0),
-    help="Perturbed runs a batch that measure how errors grow.  [default: 4, residual mode: 0]",
+    help="Perturbed runs a batch that measure how errors grow.  [default: 6, residual mode: 0]",
 )
 @click.option("--max-memory", callback=parse_size, help="Bytes above the model, such as 12GB.")
 @click.option("--shard", callback=parse_shard, help="i/n: only the i-th (from 0) of n parts.")

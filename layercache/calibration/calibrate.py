@@ -68,7 +68,7 @@ def calibrate(
         sketch_size: S; the relative error of an inner product is about sqrt(2 / S).
         mode: `"replay"` measures velocity deltas. `"residual"` takes about one generation of time
             and lets the scaled differences of residuals stand in for them.
-        probes: Perturbed runs a batch, which measure how errors grow; four in replay mode and none
+        probes: Perturbed runs a batch, which measure how errors grow; six in replay mode and none
             in residual mode if None.
         max_memory: Bytes that the run may use above the model on its device. Lags are replayed in
             smaller batches, and residuals kept on the CPU, where that is needed. None is 90 % of

@@ -66,7 +66,7 @@ def test_finished_prompts_are_not_measured_again(
         ({"lags": 1}, r"lags differs \(1 and 2\)"),
         ({"groups": 1}, "groups differs"),
         ({"mode": "residual"}, r"mode differs \('residual' and 'replay'\)"),
-        ({"probes": 1}, r"probes differs \(1 and 4\)"),
+        ({"probes": 1}, r"probes differs \(1 and 6\)"),
         ({"call_kwargs": {"true_cfg_scale": 2.0}}, r"true_cfg_scale differs \(2.0 and 4.0\)"),
     ],
 )
