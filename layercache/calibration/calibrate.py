@@ -14,6 +14,7 @@ from layercache.calibration.estimate import CalibrationEstimate
 from layercache.calibration.grouping import Groups, auto_count, split_groups
 from layercache.calibration.parts import Parts, require_same
 from layercache.calibration.prompts import Batch, Prompt, batches
+from layercache.calibration.replay import device_of
 from layercache.calibration.segmentation import alike_groups
 from layercache.calibration.session import Log, Options, Session
 from layercache.calibration.sharding import Processes, Shard, is_main_process, take_shard
@@ -113,7 +114,7 @@ def calibrate(
     arguments = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
     work = batches(prompts, seed, batch_size, arguments)
     folder = None if parts is None else Parts(parts)
-    processes = Processes(on_cpu=_on_cpu(pipe))
+    processes = Processes(on_cpu=device_of(pipe.transformer).type == "cpu")
     progress = progress and is_main_process()
     chosen = _chosen_groups(pipe, prompts, groups, options, arguments, folder, processes, log)
     session = Session(pipe, chosen, options, arguments)
@@ -173,11 +174,6 @@ def estimate_calibration(
 def _block_counts(pipe: Any) -> dict[str, int]:
     lists = adapter_for(pipe.transformer).block_lists
     return {b.name: len(blocks_of(pipe.transformer, b)) for b in lists}
-
-
-def _on_cpu(pipe: Any) -> bool:
-    parameter = next(pipe.transformer.parameters(), None)
-    return parameter is None or parameter.device.type == "cpu"
 
 
 def _measure(

@@ -53,7 +53,9 @@ class Parts:
         found = []
         for path in filter(Path.exists, map(self.path, identities)):
             stats = CalibrationStats.load(path)
-            require_same(str(path), expected, stats)
+            # A sketch is never longer than the vectors.
+            size = min(expected["sketch_size"], stats.numel)
+            require_same(str(path), {**expected, "sketch_size": size}, stats)
             found.append(stats)
         return found
 

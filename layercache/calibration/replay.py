@@ -125,8 +125,10 @@ class ReplayableTransformer:
             if tail:
                 started, before = self._entered[index]
                 self._entered[index] = (None, {})
-                self.times.group(index, started, self.times.clock.mark())
+                ended = self.times.clock.mark()
+                self.times.group(index, started, ended)
                 self._note(branch, index, before, read_outputs(block_list, output), block_list)
+                self.times.noting(ended, self.times.clock.mark())
             return output
 
         self._patch(block, forward)

@@ -87,6 +87,7 @@ class Session:
             "lags": options.lags,
             "probes": options.perturbed_runs,
             "sketch_seed": options.seed,
+            "sketch_size": options.sketch_size,
             "setting": self.setting,
         }
 

@@ -51,8 +51,9 @@ class Clock:
 class StepTimes:
     """Spans of every recorded step, and their medians over warm steps.
 
-    Call `call` and `group` for every transformer call and group, `outside` for what a step spends
-    between and after its calls, `end_step` once a step.
+    Call `call` and `group` for every transformer call and group, `noting` for what calibration
+    itself does within a call, `outside` for what a step spends between and after its calls, and
+    `end_step` once a step.
     """
 
     def __init__(self, clock: Clock, groups: int) -> None:
@@ -62,15 +63,19 @@ class StepTimes:
 
     def clear(self) -> None:
         """Forget everything."""
-        # A row a step: one entry a group, then the calls, then the windows around them.
+        # A row a step: one entry a group, then notes, then calls, then the windows around them.
         self._rows: list[list[list[tuple[Mark, Mark]]]] = [self._row()]
 
     def _row(self) -> list[list[tuple[Mark, Mark]]]:
-        return [[] for _ in range(self._groups + 2)]
+        return [[] for _ in range(self._groups + 3)]
 
     def group(self, index: int, start: Mark, stop: Mark) -> None:
         """A group ran."""
         self._rows[-1][index].append((start, stop))
+
+    def noting(self, start: Mark, stop: Mark) -> None:
+        """Calibration noted something while the transformer ran."""
+        self._rows[-1][-3].append((start, stop))
 
     def call(self, start: Mark, stop: Mark) -> None:
         """The transformer ran."""
@@ -90,9 +95,9 @@ class StepTimes:
         sums = np.array(
             [[sum(self.clock.seconds(*span) for span in spans) for spans in row] for row in rows]
         )
-        times = sums.reshape(len(rows), self._groups + 2)
-        groups, call, window = times[:, :-2], times[:, -2], times[:, -1]
-        rest = np.maximum(call - groups.sum(axis=1), 0.0)
+        times = sums.reshape(len(rows), self._groups + 3)
+        groups, noting, call, window = times[:, :-3], times[:, -3], times[:, -2], times[:, -1]
+        rest = np.maximum(call - noting - groups.sum(axis=1), 0.0)
         return np.column_stack([groups, rest, np.maximum(window - call, 0.0)])
 
     def median_ms(self) -> NDArray[np.float64]:

@@ -114,8 +114,9 @@ def test_times_split_a_step_into_groups_rest_and_outside() -> None:
     for scale in (9.0, 9.0, 1.0, 2.0, 3.0):  # the first two are cold
         times.group(0, 0.0, scale * 1e-3)
         times.group(1, 0.0, scale * 2e-3)
-        times.call(0.0, scale * 5e-3)
-        times.outside(0.0, scale * 6e-3)
+        times.noting(0.0, scale * 1e-3)
+        times.call(0.0, scale * 6e-3)
+        times.outside(0.0, scale * 7e-3)
         times.end_step()
     np.testing.assert_allclose(times.median_ms(), [2.0, 4.0, 4.0, 2.0])
 

@@ -65,6 +65,7 @@ def test_finished_prompts_are_not_measured_again(
     [
         ({"lags": 1}, r"lags differs \(1 and 2\)"),
         ({"groups": 1}, "groups differs"),
+        ({"sketch_size": 512}, r"sketch_size differs \(512 and 1024\)"),
         ({"mode": "residual"}, r"mode differs \('residual' and 'replay'\)"),
         ({"probes": 1}, r"probes differs \(1 and 6\)"),
         ({"call_kwargs": {"true_cfg_scale": 2.0}}, r"true_cfg_scale differs \(2.0 and 4.0\)"),
