@@ -221,7 +221,9 @@ def estimate_run(
     job_count = sum(len(jobs.at(step)) for step in range(jobs.steps))
     loops = (2 + len(reruns)) * jobs.steps + job_count
     each = forwards * forward + loops * outside + (2 + len(reruns)) * fixed
-    sketch = jobs.steps * (1 + jobs.groups * jobs.lags) * sketch_size * 4
+    assert watched.velocity is not None
+    size = min(sketch_size, watched.velocity[0].numel())
+    sketch = jobs.steps * (1 + jobs.groups * jobs.lags) * size * 4
     return CalibrationEstimate(
         mode=jobs.mode,
         prompts=prompts,
@@ -279,14 +281,14 @@ def _plan_memory(
     if jobs.mode == "residual":
         # Tables of every stream, and a residual in float32 twice.
         elements = sum(
-            stream.numel()
+            max(sum(stream.numel() for stream in streams.values()) for streams in branch.residuals)
             for branch in replayable.branches
-            for stream in branch.residuals[0].values()
         )
         sketching += 5 * elements // prompts + 12 * elements
     answers = jobs.lags * prompts * numel * 4 * len(replayable.branches)
     # A replayed lag needs a forward's memory, its residual, and the streams put in its place.
-    lag_bytes = _MARGIN * (probe.pair_bytes / 2 + 3 * widest)
+    alone = probe.pair_bytes / 2 if probe.pairs else probe.forward_bytes
+    lag_bytes = _MARGIN * (alone + 3 * widest)
     host = jobs.steps * (velocity + rows * (3 if jobs.mode == "residual" else 1))
 
     def need(offload: bool, lags: int) -> int:

@@ -122,6 +122,7 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [f"{identity}.npz"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_loses_no_finished_prompt(tmp_path: Path) -> None:
     """Twenty kills, resumed each time; a fresh folder whenever a run came to its end."""
     context = multiprocessing.get_context("forkserver")

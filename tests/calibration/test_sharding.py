@@ -54,6 +54,7 @@ def test_impossible_shards_are_refused(shard: tuple[int, int], message: str) -> 
         take_shard("abc", shard)
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_return_the_statistics_of_one(tmp_path: Path) -> None:
     """As `torchrun --nproc-per-node 2`, on the CPU; both processes get all prompts."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
