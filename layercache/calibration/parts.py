@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layercache.errors import ModelMismatchError
+from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats import CalibrationStats, Group, difference
 
 
@@ -48,11 +48,13 @@ class Parts:
 
         Raises:
             ModelMismatchError: A file is of another run; the message names the field.
-            StatsError: A file is damaged.
+            StatsError: A file is damaged, or holds other prompts than its name says.
         """
         found = []
         for path in filter(Path.exists, map(self.path, identities)):
             stats = CalibrationStats.load(path)
+            if stats.prompt_ids != (path.stem,):
+                raise StatsError(f"{path} holds other prompts than its name says: remove it")
             # A sketch is never longer than the vectors.
             size = min(expected["sketch_size"], stats.numel)
             require_same(str(path), {**expected, "sketch_size": size}, stats)

@@ -114,6 +114,14 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         calibrate_tiny(tmp_path, FEW)
 
 
+def test_a_file_under_another_name_is_refused(tmp_path: Path) -> None:
+    calibrate_tiny(tmp_path, FEW[:1])
+    parts = Parts(tmp_path)
+    parts.path(prompt_id(FEW[0], 0)).rename(parts.path(prompt_id(FEW[1], 0)))
+    with pytest.raises(StatsError, match="holds other prompts than its name says"):
+        calibrate_tiny(tmp_path, FEW)
+
+
 def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     identity = prompt_id(FEW[0], 0)
     stale = tmp_path / f"{identity}.npz.123.partial"
