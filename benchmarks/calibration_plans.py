@@ -153,27 +153,31 @@ def picture(found: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axis = figure.subplots()
     colours = ("#c2410c", "#1d4ed8", "#15803d", "#64748b")
+    counts: list[int] = []
     for colour, (share, values) in zip(colours, found["psnr_db"].items(), strict=False):
         counts = [int(count) for count in values]
         means = [sum(v) / len(v) for v in values.values()]
-        axis.plot(
-            counts, means, color=colour, marker="o", label=f"{float(share):.0%} of the compute"
-        )
+        axis.plot(counts, means, color=colour, marker="o", ms=5)
         for count, several in zip(counts, values.values(), strict=True):
             axis.scatter([count] * len(several), several, color=colour, s=14, alpha=0.45, zorder=2)
+        label = f"{100 * float(share):.0f} % of\nthe compute"
+        axis.annotate(
+            label, (counts[-1], means[-1]), (10, 0), textcoords="offset points", color=colour,
+            va="center", fontsize=9,
+        )  # fmt: skip
     axis.set_xscale("log", base=2)
+    axis.set_xlim(counts[0] / 1.2, counts[-1] * 2.1)
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_xlabel("calibration prompts")
     axis.set_ylabel("PSNR to the uncached image, dB")
     axis.set_title(
-        f"{found['held_out_prompts']} held-out prompts: mean (line) and each set of "
-        "calibration prompts (dots)",
+        f"Mean of {found['held_out_prompts']} held-out prompts; each dot one set of calibration "
+        "prompts, lines their mean",
         loc="left",
-        fontsize=10,
+        fontsize=9,
     )
     axis.grid(color="#e2e8f0", lw=0.8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png")
     return buffer.getvalue()
