@@ -13,6 +13,8 @@ from torch import Tensor
 
 from layercache.errors import StatsError
 
+_PIECE = 1 << 20
+
 
 class CountSketch:
     """A seeded linear map from N numbers to `size`.
@@ -37,17 +39,22 @@ class CountSketch:
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Sketch each item of a batch on its device: (B, ...) of N elements, to (B, S) float32."""
-        flat = batch.reshape(len(batch), -1).float()
+        flat = batch.reshape(len(batch), -1)
         if flat.shape[1] != self.numel:
             raise StatsError(
                 f"a velocity has {flat.shape[1]} elements where {self.numel} were expected: the "
                 "output's shape changed within a run"
             )
         if self._exact:
-            return flat
+            return flat.float()
         self._bucket, self._sign = self._bucket.to(flat.device), self._sign.to(flat.device)
-        result = flat.new_zeros(len(flat), self.size)
-        return result.index_add_(1, self._bucket, flat * self._sign)
+        result = flat.new_zeros(len(flat), self.size, dtype=torch.float32)
+        # In pieces, so that the signed copy and the wide indices stay small.
+        for start in range(0, self.numel, _PIECE):
+            piece = slice(start, start + _PIECE)
+            signed = flat[:, piece].float() * self._sign[piece]
+            result.scatter_add_(1, self._bucket[piece].long().expand(len(flat), -1), signed)
+        return result
 
     @property
     def nbytes(self) -> int:
