@@ -15,18 +15,23 @@ from typing import Any
 import click
 
 from layercache.cli_options import (
+    FILE_OR_FOLDER,
     FOLDER,
     PATH,
     Commands,
     GateFailed,
+    expand_folders,
     json_option,
     load_pipe,
     parse_budget,
+    parse_shard,
+    parse_size,
     pipe_options,
     read_prompts,
+    remove_parts,
 )
 from layercache.plan import Budget, Plan
-from layercache.stats import CalibrationStats
+from layercache.stats import CalibrationStats, merge_all
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,10 +62,30 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 @click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
 @click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
 @click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True)
-@click.option("--groups", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option(
+    "--groups",
+    default="4",
+    show_default=True,
+    help='A number, "blocks" (one a block), ranges such as "0:4,4:28,28:32", "auto" or "auto:N".',
+)
 @click.option("--lags", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(["replay", "residual"]),
+    default="replay",
+    show_default=True,
+    help="Measure velocity deltas, or let residuals stand in for them (quick).",
+)
+@click.option(
+    "--probes",
+    type=click.IntRange(min=0),
+    help="Perturbed runs a batch that measure how errors grow.  [default: 6, residual mode: 0]",
+)
+@click.option("--max-memory", callback=parse_size, help="Bytes above the model, such as 12GB.")
+@click.option("--shard", callback=parse_shard, help="i/n: only the i-th (from 0) of n parts.")
+@click.option("--parts", type=FOLDER, help="Folder of finished prompts; default: OUT.parts.")
 @click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
 @json_option
 def calibrate(
@@ -72,18 +97,32 @@ def calibrate(
     prompt_file: Path | None,
     count: int | None,
     steps: int,
-    groups: int,
+    groups: str,
     lags: int,
     seed: int,
     batch_size: int,
+    mode: str,
+    probes: int | None,
+    max_memory: int | None,
+    shard: tuple[int, int] | None,
+    parts: Path | None,
     out: Path,
     as_json: bool,
 ) -> None:
-    """Measure a model; one statistics file serves every later budget."""
+    """Measure a model; one statistics file serves every later budget.
+
+    Every prompt is kept in a folder as soon as it is measured, and a run that was killed goes on
+    where it stopped. Under `torchrun` or `accelerate launch` the processes share the prompts. With
+    --shard nothing but the folder is written: `layercache merge FOLDER` joins it.
+    """
     from layercache.calibration import calibrate as run
+    from layercache.calibration.sharding import is_main_process, local_device
 
     prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
-    pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
+    place = device or local_device()
+    pipe, arguments = load_pipe(pipe_name, weights, place, dtype, call_kwargs)
+    folder = parts or out.with_name(f"{out.name}.parts")
+    main_process = is_main_process()
     stats = run(
         pipe,
         prompts,
@@ -92,22 +131,36 @@ def calibrate(
         lags=lags,
         seed=seed,
         batch_size=batch_size,
+        mode=mode,
+        probes=probes,
+        max_memory=max_memory,
+        shard=shard,
+        parts=folder,
         call_kwargs=arguments,
         progress=_progress(),
+        log=_log if main_process else lambda text: None,
     )
+    if not main_process:
+        return
+    if shard is not None:
+        _print_stats(stats, as_json, folder)
+        return
     stats.save(out)
+    if parts is None:
+        remove_parts(folder, stats.prompt_ids)
     _print_stats(stats, as_json, out)
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=PATH)
+@click.argument("files", nargs=-1, required=True, type=FILE_OR_FOLDER)
 @click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
 @json_option
 def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Join statistics of the same model and setting from several runs or machines."""
-    stats = CalibrationStats.load(files[0])
-    for file in files[1:]:
-        stats = stats.merge(CalibrationStats.load(file))
+    """Join statistics of the same model and setting from several runs or machines.
+
+    A folder stands for all statistics files in it.
+    """
+    stats = merge_all([CalibrationStats.load(file) for file in expand_folders(files)])
     stats.save(out)
     _print_stats(stats, as_json, out)
 
@@ -373,6 +426,7 @@ def _print_stats(stats: CalibrationStats, as_json: bool, file: Path) -> None:
     _print_json(
         {
             "file": str(file),
+            "mode": stats.mode,
             "prompts": stats.num_prompts,
             "steps": stats.num_steps,
             "groups": [group.name for group in stats.groups],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from layercache.plan import Budget
 REFERENCE = "reference"
 PATH = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE_OR_FOLDER = click.Path(path_type=Path)
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Failure(click.ClickException):
@@ -62,6 +65,47 @@ def parse_budget(ctx: click.Context, param: click.Parameter, value: str) -> Budg
         return Budget.parse(value)
     except LayerCacheError as error:
         raise click.BadParameter(str(error), ctx, param) from error
+
+
+def parse_shard(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
+    """Option callback: `i/n`."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", value)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise click.BadParameter(f"{value!r} is not i/n with i from 0 to n-1", ctx, param)
+    return int(match[1]), int(match[2])
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Option callback: bytes, with or without a unit."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", value.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise click.BadParameter(f"{value!r} is no size such as 12GB or 500MiB", ctx, param)
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def expand_folders(paths: Sequence[Path]) -> list[Path]:
+    """The files, with each folder replaced by the statistics files in it."""
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+        if not inside:
+            raise click.UsageError(f"{path} holds no statistics file (*.npz)")
+        found += inside
+    return found
+
+
+def remove_parts(folder: Path, identities: Sequence[str]) -> None:
+    """Remove the files of prompts that a merged file holds, and the folder if it is then empty."""
+    for identity in identities:
+        (folder / f"{identity}.npz").unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def parse_json_object(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, Any]:

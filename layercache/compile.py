@@ -7,7 +7,6 @@ then recomputed from the statistics by `solver.verify`, which shares no code wit
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -287,7 +286,9 @@ def _plan(
     known = not exact and bool(np.isfinite(psnr).all())
     provenance = {
         "calibration_prompts": stats.num_prompts,
-        "prompts_sha256": hashlib.sha256("".join(stats.prompt_ids).encode()).hexdigest(),
+        "calibration_mode": stats.mode,
+        "prompts_sha256": stats.prompts_sha256,
+        "seed": stats.sketch_seed,
         "units": list(options.units),
         "history": _history(options),
         "max_gap": options.max_gap,

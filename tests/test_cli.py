@@ -104,6 +104,86 @@ def test_calibrate_reads_prompts_from_a_file(weights: Path, tmp_path: Path) -> N
     assert data["prompts"] == 2
 
 
+def test_calibrate_states_time_and_memory_first_and_tidies_up(
+    weights: Path, tmp_path: Path
+) -> None:
+    result = calibrate(weights, tmp_path / "s.npz", "--count", 1, "--mode", "residual")
+    assert "calibration of 1 prompts, residual mode: about" in result.stderr
+    assert "above the model" in result.stderr
+    assert result.stdout.startswith("CalibrationStats of QwenImage") and "residual" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_shards_are_merged_from_their_folder(weights: Path, tmp_path: Path) -> None:
+    out, parts = tmp_path / "s.npz", tmp_path / "s.npz.parts"
+    for index in range(2):
+        calibrate(weights, out, "--count", 3, "--shard", f"{index}/2")
+        assert not out.exists()
+    assert len(list(parts.iterdir())) == 3
+    data = json.loads(succeeded("merge", parts, "--out", out, "--json").stdout)
+    assert data["prompts"] == 3 and data["mode"] == "replay"
+
+
+def test_what_a_broken_off_run_measured_is_used(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.npz"
+    calibrate(weights, out, "--count", 3, "--shard", "0/3")
+    result = calibrate(weights, out, "--count", 3)
+    assert "resuming: 1 prompts are in" in result.stderr
+    assert CalibrationStats.load(out).num_prompts == 3
+    assert not (tmp_path / "s.npz.parts").exists()
+
+
+def test_a_folder_of_another_run_is_a_mismatch_that_names_the_field(
+    weights: Path, tmp_path: Path
+) -> None:
+    parts = tmp_path / "parts"
+    calibrate(weights, tmp_path / "s.npz", "--count", 1, "--parts", parts)
+    assert len(list(parts.iterdir())) == 1, "a folder that was asked for is kept"
+    message = failed(
+        3, "calibrate", "--weights", weights, "--steps", STEPS, "--groups", 2, "--lags", 2,
+        "--count", 2, "--parts", parts, "--out", tmp_path / "t.npz",
+    )  # fmt: skip
+    assert "lags differs (2 and 3)" in message
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("blocks", ["[0:1]", "[1:2]", "[2:3]", "[3:4]"]),
+        ("0:1,1:4", ["[0:1]", "[1:4]"]),
+        ("auto:2", None),
+    ],
+)
+def test_groups_are_given_as_text(
+    weights: Path, tmp_path: Path, groups: str, expected: list[str] | None
+) -> None:
+    result = calibrate(
+        weights, tmp_path / "s.npz", "--count", 1, "--lags", 1, "--groups", groups, "--json"
+    )
+    names = json.loads(result.stdout)["groups"]
+    if expected is None:
+        assert len(names) == 2
+        assert f"groups: {','.join(names)}" in result.stderr
+    else:
+        assert names == [f"transformer_blocks{bounds}" for bounds in expected]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--shard", "2/2"), ("--shard", "one"), ("--max-memory", "much"), ("--mode", "fast")],
+)
+def test_calibrate_options_that_cannot_be_read(option: tuple[str, str]) -> None:
+    assert run("calibrate", *option).exit_code == 2
+
+
+def test_a_bound_on_memory_that_is_too_small_is_refused(weights: Path, tmp_path: Path) -> None:
+    message = failed(
+        1, "calibrate", "--weights", weights, "--steps", 2, "--count", 1, "--max-memory", "1 kB",
+        "--out", tmp_path / "s.npz",
+    )  # fmt: skip
+    assert "calibration needs at least" in message and "max_memory=1000 bytes" in message
+
+
 def test_calibrate_with_an_unknown_word_says_which(weights: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a red cirkle\n")
@@ -131,7 +211,9 @@ def test_merge_joins_and_refuses_the_same_prompts_twice(
     calibrate(weights, other, "--prompts", prompts)
     data = json.loads(succeeded("merge", stats_file, other, "--out", out, "--json").stdout)
     assert data["prompts"] == 4
-    assert "3 prompts stand in both" in failed(1, "merge", stats_file, stats_file, "--out", out)
+    assert "3 prompts stand in more than one part" in failed(
+        1, "merge", stats_file, stats_file, "--out", out
+    )
 
 
 def test_merge_of_another_model_is_a_mismatch(stats_file: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercache.errors import ModelMismatchError, StatsError
-from layercache.stats import CalibrationStats, Group
+from layercache.stats import CalibrationStats, Group, merge_all
 
 
 def make_stats(ids: tuple[str, ...] = ("a", "b"), seed: int = 0, **changes: Any) -> Any:
@@ -126,11 +127,16 @@ def nan(members: Any, meta: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m, meta: meta.update(schema_version=2), "schema version 2.*upgrade"),
+        (lambda m, meta: meta.update(schema_version=3), "schema version 3.*upgrade"),
         (lambda m, meta: meta.pop("schema_version"), "schema version None"),
         (lambda m, meta: meta.update(surprise=1), "unknown metadata.*surprise"),
         (lambda m, meta: meta.pop("numel"), "metadata is malformed"),
         (lambda m, meta: meta.update(numel="many"), "metadata is malformed"),
+        (lambda m, meta: meta.update(mode="guess"), "mode is 'guess'"),
+        (lambda m, meta: meta.update(mode=["replay"]), "mode is"),
+        (lambda m, meta: meta.update(probes=-1), "probes -1"),
+        (lambda m, meta: meta.update(model=7), "metadata is malformed"),
+        (lambda m, meta: meta.update(groups=[["blocks", 0, 2]]), "metadata is malformed"),
         (lambda m, meta: m.pop("deltas"), "missing.*deltas"),
         (lambda m, meta: m.update(extra=np.zeros(1)), "unknown.*extra"),
         (lambda m, meta: m.update(deltas=np.zeros((2, 5, 3, 3, 8))), "deltas has shape"),
@@ -199,26 +205,73 @@ def test_merge_does_not_depend_on_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("change", "message"),
     [
-        ("model", {"class_name": "N"}),
-        ("setting", {"num_inference_steps": 6}),
-        ("sketch_seed", 1),
-        ("branches", 1),
-        ("numel", 13),
+        ({"model": {"class_name": "N"}}, "model.class_name differs ('M' and 'N')"),
+        (
+            {"setting": {"num_inference_steps": 6}},
+            "setting.num_inference_steps differs (5 and 6)",
+        ),
+        ({"sketch_seed": 1}, "sketch_seed differs (0 and 1)"),
+        ({"branches": 1}, "branches differs (2 and 1)"),
+        ({"numel": 13}, "numel differs (12 and 13)"),
+        ({"mode": "residual"}, "mode differs ('replay' and 'residual')"),
+        ({"probes": 4}, "probes differs (0 and 4)"),
+        ({"sigmas": np.linspace(1.0, 0.0, 6) ** 2}, "sigmas[1] differs (0.8 and 0.64"),
+        ({"deltas": np.zeros((1, 5, 2, 2, 8), np.float32)}, "lags differs (3 and 2)"),
+        (
+            {
+                "velocities": np.zeros((1, 5, 4), np.float32),
+                "deltas": np.zeros((1, 5, 2, 3, 4), np.float32),
+            },
+            "sketch_size differs (8 and 4)",
+        ),
+        (
+            {
+                "groups": (
+                    Group(block_list="blocks", start=0, stop=1),
+                    Group(block_list="blocks", start=1, stop=4),
+                )
+            },
+            "groups differs (['blocks[0:2]', 'blocks[2:4]'] and ['blocks[0:1]', 'blocks[1:4]'])",
+        ),
     ],
 )
-def test_merge_refuses_what_differs_and_names_it(name: str, value: Any) -> None:
-    with pytest.raises(ModelMismatchError, match=name):
-        make_stats(("a",)).merge(make_stats(("b",), **{name: value}))
+def test_merge_refuses_what_differs_and_names_it(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelMismatchError, match=re.escape(message)):
+        make_stats(("a",)).merge(make_stats(("b",), **change))
 
 
-def test_merge_refuses_other_sigmas_and_prompts_that_stand_in_both() -> None:
-    other = make_stats(("b",), sigmas=np.linspace(1.0, 0.0, 6) ** 2)
-    with pytest.raises(ModelMismatchError, match="sigmas differ"):
-        make_stats(("a",)).merge(other)
-    with pytest.raises(StatsError, match="1 prompts stand in both"):
+def test_merge_refuses_prompts_that_stand_in_both() -> None:
+    with pytest.raises(StatsError, match="1 prompts stand in more than one part"):
         make_stats(("a", "b")).merge(make_stats(("b", "c")))
+    with pytest.raises(StatsError, match="no statistics to merge"):
+        merge_all([])
+
+
+def test_statistics_of_schema_version_1_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.npz"
+    make_stats().save(path)
+
+    def age(members: Any, meta: Any) -> None:
+        del meta["mode"], meta["probes"]
+        meta["schema_version"] = 1
+
+    rewrite(path, age)
+    old = CalibrationStats.load(path)
+    assert (old.mode, old.probes) == ("replay", 6)
+    np.testing.assert_array_equal(old.deltas, make_stats().deltas)
+
+
+def test_a_deeply_nested_header_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    with np.load(path) as file:
+        members = {name: file[name] for name in file.files}
+    members["meta"] = np.frombuffer(b"[" * 200_000, dtype=np.uint8)
+    np.savez(path, **members)
+    with pytest.raises(StatsError, match="metadata is not JSON"):
+        CalibrationStats.load(path)
 
 
 def test_arrays_cannot_be_changed() -> None:

@@ -1,6 +1,7 @@
 """Calibration: run a pipeline at full compute and measure what every cell of a plan would cost."""
 
-from layercache.calibration.calibrate import calibrate
+from layercache.calibration.calibrate import calibrate, estimate_calibration
+from layercache.calibration.estimate import CalibrationEstimate
 from layercache.calibration.sketch import CountSketch
 
-__all__ = ["CountSketch", "calibrate"]
+__all__ = ["CalibrationEstimate", "CountSketch", "calibrate", "estimate_calibration"]

@@ -3,22 +3,78 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 from layercache.errors import StatsError
 from layercache.stats import Group
 
+Groups = int | str | Sequence[Group] | None
+AUTO_COUNT = 4
+_RANGE = re.compile(r"(\w+)\[(\d+):(\d+)\]|(\d+):(\d+)")
 
-def split_groups(
-    block_lists: Mapping[str, int], groups: int | Sequence[Group] | None
-) -> tuple[Group, ...]:
+
+def auto_count(groups: Groups) -> int | None:
+    """How many groups `"auto"` or `"auto:N"` asks for; None if it is not one of them.
+
+    Raises:
+        StatsError: N is no positive number.
+
+    Example:
+        >>> auto_count("auto"), auto_count("auto:6"), auto_count(4)
+        (4, 6, None)
+    """
+    if not isinstance(groups, str) or groups.split(":")[0].strip() != "auto":
+        return None
+    _, colon, count = groups.partition(":")
+    if not colon:
+        return AUTO_COUNT
+    if not count.strip().isdigit() or int(count) < 1:
+        raise StatsError(f"groups is {groups!r}; write auto:N with a number of at least 1")
+    return int(count)
+
+
+def parse_groups(block_lists: Mapping[str, int], text: str) -> int | tuple[Group, ...] | None:
+    """Groups as they are written on a command line: `4`, `blocks`, or boundaries.
+
+    Boundaries are ranges of blocks, such as `transformer_blocks[0:4],transformer_blocks[4:28]`; the
+    name of the list may be left out where the model has only one.
+
+    Raises:
+        StatsError: The text is none of these.
+
+    Example:
+        >>> [g.name for g in parse_groups({"blocks": 8}, "0:2,2:8")]
+        ['blocks[0:2]', 'blocks[2:8]']
+    """
+    text = text.strip()
+    if text.isdigit():
+        return int(text)
+    if text == "blocks":
+        return None
+    found = []
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None or (not match[1] and len(block_lists) > 1):
+            raise StatsError(
+                f"groups is {text!r}; give a number, auto, auto:N, blocks, or ranges such as "
+                + ",".join(f"{name}[0:{count}]" for name, count in block_lists.items())
+            )
+        name = match[1] or next(iter(block_lists))
+        start, stop = int(match[2] or match[4]), int(match[3] or match[5])
+        found.append(Group(block_list=name, start=start, stop=stop))
+    return tuple(found)
+
+
+def split_groups(block_lists: Mapping[str, int], groups: Groups) -> tuple[Group, ...]:
     """Contiguous groups that cover every block list.
 
     Args:
         block_lists: Blocks of each list, in execution order.
         groups: How many groups in all, shared among the lists in proportion to their length, each
             list getting at least one and none crossing from one list into another; or the groups
-            themselves, in execution order; or None for one group a block.
+            themselves, in execution order, or written as for `parse_groups`; or None for one group
+            a block.
 
     Raises:
         StatsError: Fewer groups than lists, more than blocks, or groups that do not fit the lists.
@@ -28,6 +84,8 @@ def split_groups(
         ['blocks[0:3]', 'blocks[3:6]', 'blocks[6:10]']
     """
     total = sum(block_lists.values())
+    if isinstance(groups, str):
+        groups = parse_groups(block_lists, groups)
     if groups is None:
         groups = total
     if not isinstance(groups, int):

@@ -1,9 +1,8 @@
-"""What a step's time is spent on, and what a change of the final latent does to the image."""
+"""Runs whose early velocities are known, and what a changed latent does to the image."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,74 +12,10 @@ from torch import Tensor
 
 from layercache.calibration.prompts import Batch
 from layercache.calibration.replay import ReplayableTransformer
-from layercache.models.stepping import tapped_step
+from layercache.models.stepping import sigmas_of, tapped_step
 
 PERTURBATION = 0.02
 """Size of the change by which `image_gain` is measured, relative to the latent."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Times of a plain run, and the images of that run with its last step perturbed.
-
-    Attributes:
-        times_ms: (G+2,) as in `CalibrationStats.times_ms`.
-        images: The pipeline's images, (B, ...) in [0, 1], or latents without an autoencoder.
-        latent_change: (B,) mean squared change of the final latent that the perturbation made.
-    """
-
-    times_ms: NDArray[np.float64]
-    images: Tensor
-    latent_change: NDArray[np.float64]
-
-
-def profile_run(pipe: Any, batch: Batch, replayable: ReplayableTransformer) -> Profile:
-    """Generate once with timers on, nudging the velocity of the last step by seeded noise."""
-    calls: list[float] = []
-    number = 0
-    began = ended = 0.0
-    change: NDArray[np.float64] = np.zeros(0)
-    for times in (*replayable.group_seconds, replayable.call_seconds):
-        times.clear()
-
-    def on_call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal number, began
-        if not calls and number == 0:
-            began = time.perf_counter()
-        output = replayable.record(number, args, kwargs)
-        number += 1
-        return output
-
-    def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        nonlocal number, ended, change
-        calls.append(sum(replayable.call_seconds[-number:]))
-        number = 0
-        ended = time.perf_counter()
-        sigmas = pipe.scheduler.sigmas
-        if index < len(sigmas) - 2:
-            return velocity
-        step = abs(float(sigmas[index + 1] - sigmas[index]))
-        noise = torch.randn(velocity.shape, generator=torch.Generator().manual_seed(0))
-        nudge = noise.to(velocity) * (PERTURBATION * sample.float().std().item())
-        squares = nudge.float().flatten(1).pow(2).mean(1)
-        change = squares.double().cpu().numpy()
-        return velocity + nudge / step
-
-    replayable.on_call(on_call)
-    with tapped_step(pipe.scheduler, on_step):
-        images = run_pipeline(pipe, batch)
-    steps = len(calls)
-    branches = len(replayable.call_seconds) // steps
-    warm = slice(min(2, steps - 1), None)
-    groups = [
-        1e3 * float(np.median(np.reshape(times, (steps, branches)).sum(1)[warm]))
-        for times in replayable.group_seconds
-    ]
-    call = 1e3 * float(np.median(np.array(calls)[warm]))
-    # The last step's own scheduler work falls outside this window; a run has at least one step.
-    outside = 1e3 * max(0.0, ended - began - sum(calls)) / steps
-    times_ms = np.array([*groups, max(0.0, call - sum(groups)), outside])
-    return Profile(times_ms, images, change)
 
 
 def run_pipeline(pipe: Any, batch: Batch) -> Tensor:
@@ -100,15 +35,86 @@ def run_pipeline(pipe: Any, batch: Batch) -> Tensor:
     return tensor.detach().float().cpu()
 
 
-def image_gain(images: Tensor, profile: Profile) -> NDArray[np.float64]:
+def rerun(
+    pipe: Any,
+    batch: Batch,
+    replayable: ReplayableTransformer,
+    velocities: Sequence[Tensor],
+    known: int,
+    replaced: Mapping[int, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Generate again, the first `known` steps from their velocities, which costs no forward.
+
+    Args:
+        pipe: The pipeline.
+        batch: The prompts of the run that gave `velocities`.
+        replayable: The transformer of the pipeline, attached; it has recorded that run.
+        velocities: The T guided outputs of the full run.
+        known: How many steps are not computed.
+        replaced: Velocities to use instead, for some of these steps.
+
+    Returns:
+        The images, and the latent after the last step.
+    """
+    step = number = 0
+    final: list[Tensor] = []
+
+    def on_call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal number
+        branch, number = number, number + 1
+        if step < known:
+            # What the pipeline makes of it is not used: the scheduler gets a known velocity.
+            return replayable.branches[branch].output
+        return replayable.run(*args, **kwargs)
+
+    def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        nonlocal step, number
+        result = velocity
+        if index < known:
+            result = replaced.get(index, velocities[index]).to(velocity)
+        step, number = index + 1, 0
+        if step == len(velocities):
+            sigmas = sigmas_of(pipe.scheduler)
+            final.append((sample + (sigmas[-1] - sigmas[-2]) * result).cpu())
+        return result
+
+    replayable.on_call(on_call)
+    with tapped_step(pipe.scheduler, on_step):
+        images = run_pipeline(pipe, batch)
+    return images, final[0]
+
+
+def image_gain(
+    pipe: Any,
+    batch: Batch,
+    replayable: ReplayableTransformer,
+    velocities: Sequence[Tensor],
+    final: Tensor,
+    images: Tensor,
+) -> NDArray[np.float64]:
     """(B,) mean squared pixel change per mean squared change of the final latent.
 
-    Without an autoencoder the "image" is the latent, scaled so that its range is 1.
+    The last velocity is nudged by seeded noise so that the latent moves by `PERTURBATION` of its
+    size. Without an autoencoder the "image" is the latent, scaled so that its range is 1.
+
+    Args:
+        pipe: The pipeline.
+        batch: The prompts.
+        replayable: The transformer of the pipeline, attached.
+        velocities: The T guided outputs of the full run.
+        final: Its latent after the last step.
+        images: Its images.
     """
-    change = (images - profile.images).flatten(1).pow(2).mean(1).double().numpy()
-    flat = images.flatten(1)
+    sigmas, last = sigmas_of(pipe.scheduler), len(velocities) - 1
+    noise = torch.randn(final.shape, generator=torch.Generator().manual_seed(0))
+    nudge = noise.to(final) * (PERTURBATION * final.float().std().item())
+    moved = velocities[last] + nudge / abs(sigmas[-1] - sigmas[-2])
+    changed, _ = rerun(pipe, batch, replayable, velocities, last + 1, {last: moved})
+    change = (images - changed).flatten(1).pow(2).mean(1).double().numpy()
     if images.ndim < 4:
+        flat = images.flatten(1)
         span = (flat.max(1).values - flat.min(1).values).double().numpy()
         change = change / np.maximum(span, 1e-12) ** 2
-    result: NDArray[np.float64] = np.maximum(change / profile.latent_change, 1e-12)
+    latent_change = nudge.float().flatten(1).pow(2).mean(1).double().numpy()
+    result: NDArray[np.float64] = np.maximum(change / latent_change, 1e-12)
     return result

@@ -23,6 +23,14 @@ class Batch:
     ids: tuple[str, ...]
     arguments: dict[str, Any]
 
+    def extent(self) -> tuple[int, int]:
+        """What grows with the memory that the batch needs: its prompts and the longest text."""
+        text = self.arguments.get("prompt")
+        texts = [text] if isinstance(text, str) else text or [""]
+        embeds = self.arguments.get("prompt_embeds")
+        tokens = embeds.shape[-2] if isinstance(embeds, Tensor) and embeds.ndim > 1 else 0
+        return len(self.ids), max(tokens, *(len(text) for text in texts))
+
 
 def prompt_id(prompt: Prompt, seed: int) -> str:
     """Digest of a prompt and the run's seed; it also seeds the prompt's starting noise.

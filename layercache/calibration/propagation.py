@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration.profile import run_pipeline
+from layercache.calibration.profile import rerun
 from layercache.calibration.prompts import Batch
 from layercache.calibration.replay import ReplayableTransformer
-from layercache.models.stepping import tapped_step
+from layercache.models.stepping import sigmas_of
 
 PROBES = 6
 
@@ -34,7 +34,7 @@ def probe_steps(sigmas: Sequence[float], count: int = PROBES) -> tuple[int, ...]
         (1, 4, 9, 16, 28, 48)
     """
     last = len(sigmas) - 3
-    if last < 1:
+    if last < 1 or count < 1:
         return ()
     spaced = np.geomspace(1, last + 1, count) - 1
     # Halfway between geometric and even spacing: early steps matter most, late ones anchor the end.
@@ -48,8 +48,9 @@ def measure_amplification(
     replayable: ReplayableTransformer,
     velocities: Sequence[Tensor],
     final: Tensor,
+    count: int = PROBES,
 ) -> NDArray[np.float64]:
-    """(B, T) amplification of each prompt at each step.
+    """(B, T) amplification of each prompt at each step; all 1 without probes.
 
     Args:
         pipe: The pipeline.
@@ -57,16 +58,19 @@ def measure_amplification(
         replayable: The transformer of the pipeline, attached.
         velocities: The T guided outputs of the full run.
         final: Its latent after the last step.
+        count: How many steps are probed.
     """
-    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas]
+    sigmas = sigmas_of(pipe.scheduler)
     steps = len(velocities)
-    probes = probe_steps(sigmas)
+    probes = probe_steps(sigmas, count)
     if not probes:
         return np.ones((len(batch.ids), steps))
-    logs = [
-        np.log(_probe(pipe, batch, replayable, velocities, final, sigmas, probe))
-        for probe in probes
-    ]
+    logs = []
+    for probe in probes:
+        reused = {probe: velocities[probe - 1]}
+        _, reached = rerun(pipe, batch, replayable, velocities, probe + 1, reused)
+        made = (sigmas[probe + 1] - sigmas[probe]) * (velocities[probe - 1] - velocities[probe])
+        logs.append(np.log(_growth(reached - final, made)))
     # `np.interp` wants rising abscissae; sigmas fall.
     at = np.array([sigmas[probe] for probe in probes])[::-1]
     values = np.array(logs)[::-1]
@@ -75,41 +79,9 @@ def measure_amplification(
     return result
 
 
-def _probe(
-    pipe: Any,
-    batch: Batch,
-    replayable: ReplayableTransformer,
-    velocities: Sequence[Tensor],
-    final: Tensor,
-    sigmas: Sequence[float],
-    probe: int,
-) -> NDArray[np.float64]:
-    """(B,) amplification of the error that reuse makes at one step."""
-    reached: list[Tensor] = []
-    step, number = 0, 0
-
-    def on_call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal number
-        branch, number = number, number + 1
-        if step <= probe:
-            # Its value is not used: the scheduler gets a known velocity at these steps.
-            return replayable.branches[branch].output
-        return replayable.run(*args, **kwargs)
-
-    def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        nonlocal step, number
-        used = velocities[min(index, probe - 1 if index == probe else index)]
-        result = used.to(velocity) if index <= probe else velocity
-        step, number = index + 1, 0
-        if index == len(velocities) - 1:
-            reached.append(sample + (sigmas[-1] - sigmas[-2]) * result)
-        return result
-
-    replayable.on_call(on_call)
-    with tapped_step(pipe.scheduler, on_step):
-        run_pipeline(pipe, batch)
-    made = (sigmas[probe + 1] - sigmas[probe]) * (velocities[probe - 1] - velocities[probe])
-    grown = (reached[0].cpu() - final).flatten(1).double().norm(dim=1).numpy()
+def _growth(reached: Tensor, made: Tensor) -> NDArray[np.float64]:
+    """(B,) ratio of norms."""
+    grown = reached.flatten(1).double().norm(dim=1).numpy()
     size = made.flatten(1).double().norm(dim=1).numpy()
     # Reuse that changes nothing says nothing about growth; so does a dead prompt.
     ratio = np.where(size > 0, grown / np.where(size > 0, size, 1.0), 1.0)

@@ -1,16 +1,18 @@
 """A transformer whose groups can be recorded, and replayed with residuals of earlier steps.
 
 While attached, `forward` of the transformer and of every grouped block is replaced on the
-instances. In *record* mode the model runs as it is, and every group's input and output streams are
-noted. In *replay* mode groups before g return what was recorded, group g returns its input plus a
-residual of an earlier step, and the groups after g compute; replays of several lags run as one
+instances. In *record* mode the model runs as it is, and every group's output streams and residual
+are noted. In *replay* mode groups before g return what was recorded, group g returns its input plus
+a residual of an earlier step, and the groups after g compute; replays of several lags run as one
 larger batch.
+
+Residuals of the current step and of the `lags` steps before it are held, and outputs of the current
+one. Both move to the CPU where `offload` is set, and come back when a replay reads them.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layercache.calibration.timing import Clock, StepTimes
 from layercache.models.adapters import (
     Adapter,
     BlockList,
@@ -36,8 +39,8 @@ Streams = dict[str, Tensor]
 class _Branch:
     """What is remembered of one of the step's transformer calls."""
 
-    inputs: list[Streams]
     outputs: list[Streams]
+    residuals: list[Streams]
     history: list[deque[Streams]]
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -47,22 +50,35 @@ class _Branch:
 class ReplayableTransformer:
     """Attach to a transformer; `remove` restores every `forward`.
 
+    Args:
+        transformer: The model.
+        adapter: Its adapter.
+        groups: The groups to record and replace.
+        lags: How many steps back residuals are kept.
+        offload: Keep what is held on the CPU.
+
     Attributes:
-        group_seconds: For each group, the seconds of every recorded call.
-        call_seconds: The seconds of every recorded transformer call.
+        branches: What is remembered of each of a step's calls.
+        times: The spans of every recorded call and group.
     """
 
     def __init__(
-        self, transformer: nn.Module, adapter: Adapter, groups: tuple[Group, ...], lags: int
+        self,
+        transformer: nn.Module,
+        adapter: Adapter,
+        groups: tuple[Group, ...],
+        lags: int,
+        offload: bool = False,
     ) -> None:
         self.transformer, self.groups, self.lags = transformer, groups, lags
+        self.offload = offload
+        self.device = device_of(transformer)
         self.branches: list[_Branch] = []
-        self.group_seconds: list[list[float]] = [[] for _ in groups]
-        self.call_seconds: list[float] = []
+        self.times = StepTimes(Clock(self.device), len(groups))
         self._call: Callable[..., Any] = lambda *args, **kwargs: self.run(*args, **kwargs)
         self._branch: _Branch | None = None
         self._replay: tuple[int, list[Streams], int] | None = None
-        self._started = [0.0] * len(groups)
+        self._entered: list[tuple[Any, Streams]] = [(None, {})] * len(groups)
         self._originals: list[tuple[nn.Module, bool, Any]] = []
         lists = {block_list.name: block_list for block_list in adapter.block_lists}
         self._root = transformer.forward
@@ -103,15 +119,36 @@ class ReplayableTransformer:
             if branch is None:
                 return original(*args, **kwargs)
             if head:
-                branch.inputs[index] = read_streams(block_list, block, args, kwargs)
-                self._started[index] = self._now(block)
+                streams = read_streams(block_list, block, args, kwargs)
+                self._entered[index] = (self.times.clock.mark(), streams)
             output = original(*args, **kwargs)
             if tail:
-                self.group_seconds[index].append(self._now(block) - self._started[index])
-                branch.outputs[index] = read_outputs(block_list, output)
+                started, before = self._entered[index]
+                self._entered[index] = (None, {})
+                ended = self.times.clock.mark()
+                self.times.group(index, started, ended)
+                self._note(branch, index, before, read_outputs(block_list, output), block_list)
+                self.times.noting(ended, self.times.clock.mark())
             return output
 
         self._patch(block, forward)
+
+    def _note(
+        self, branch: _Branch, index: int, before: Streams, after: Streams, block_list: BlockList
+    ) -> None:
+        residual = {name: after[name] - before[name] for name in after}
+        if block_list.in_place and not self._moves:
+            # What was returned here changes when the model writes into it.
+            after = {name: tensor.clone() for name, tensor in after.items()}
+        branch.residuals[index] = self._away(residual)
+        branch.outputs[index] = self._away(after)
+
+    @property
+    def _moves(self) -> bool:
+        return self.offload and self.device.type != "cpu"
+
+    def _away(self, streams: Streams) -> Streams:
+        return {n: t.cpu() for n, t in streams.items()} if self._moves else streams
 
     def _replayed(
         self,
@@ -130,19 +167,16 @@ class ReplayableTransformer:
         streams = read_streams(block_list, block, args, kwargs)
         if head and index < target:
             recorded = self._branch.outputs[index]
-            streams = {name: _repeat(recorded[name], count) for name in recorded}
+            streams = {
+                name: _repeat(tensor.to(self.device), count) for name, tensor in recorded.items()
+            }
         elif head:
             streams = {
-                name: streams[name] + torch.cat([residual[name] for residual in residuals])
+                name: streams[name]
+                + torch.cat([residual[name].to(self.device) for residual in residuals])
                 for name in residuals[0]
             }
         return write_outputs(block_list, block, streams)
-
-    def _now(self, module: nn.Module) -> float:
-        parameter = next(module.parameters(), None)
-        if parameter is not None and parameter.device.type == "cuda":
-            torch.cuda.synchronize(parameter.device)
-        return time.perf_counter()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer as it is, untouched and unrecorded."""
@@ -157,22 +191,30 @@ class ReplayableTransformer:
             self.branches.append(_Branch([{}] * count, [{}] * count, history))
         branch = self.branches[number]
         self._branch = branch
-        started = self._now(self.transformer)
+        clock = self.times.clock
+        started = clock.mark()
         try:
             branch.output = self._root(*args, **kwargs)
         finally:
             self._branch = None
-        self.call_seconds.append(self._now(self.transformer) - started)
+        self.times.call(started, clock.mark())
         branch.args, branch.kwargs = args, kwargs
         return branch.output
 
     def end_step(self) -> None:
         """Move the recorded residuals into the history of the coming steps."""
         for branch in self.branches:
-            for index in range(len(self.groups)):
-                before, after = branch.inputs[index], branch.outputs[index]
-                residual = {name: after[name] - before[name] for name in after}
+            for index, residual in enumerate(branch.residuals):
                 branch.history[index].appendleft(residual)
+
+    def end_run(self) -> None:
+        """Drop everything held but the branches' outputs."""
+        for branch in self.branches:
+            count = len(self.groups)
+            branch.outputs, branch.residuals = [{}] * count, [{}] * count
+            for history in branch.history:
+                history.clear()
+            branch.args, branch.kwargs = (), {}
 
     def replay(self, number: int, group: int, lags: list[int]) -> list[Any]:
         """The branch's output with group `group` predicted from each of `lags` steps ago.
@@ -216,10 +258,32 @@ class ReplayableTransformer:
     def residual_bytes(self, group: int) -> int:
         """Bytes of one stored residual of a group, all branches, for the whole batch."""
         return sum(
-            tensor.numel() * tensor.element_size()
-            for branch in self.branches
-            for tensor in branch.outputs[group].values()
+            tensor.nbytes for branch in self.branches for tensor in branch.residuals[group].values()
         )
+
+    def held_bytes(self) -> int:
+        """Bytes of all outputs and residuals that are held, wherever they are."""
+        held = {
+            id(tensor): tensor.nbytes
+            for branch in self.branches
+            for streams in (
+                *branch.outputs,
+                *branch.residuals,
+                *(entry for history in branch.history for entry in history),
+            )
+            for tensor in streams.values()
+        }
+        return sum(held.values())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model computes."""
+    # accelerate's hooks keep the weights of an offloaded model elsewhere and know the device.
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if hooked is not None:
+        return torch.device(hooked)
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _repeat(tensor: Tensor, count: int) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,6 +27,9 @@ _CALL_KEYS = (
     "max_sequence_length",
 )
 _SCHEDULER_KEYS = ("shift", "flow_shift", "use_dynamic_shifting")
+# Where the Hub's cache puts a repository's files, and what names a repository.
+_CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_fingerprint(transformer: nn.Module) -> dict[str, Any]:
@@ -62,8 +67,9 @@ def setting_of(
 
     Returns:
         JSON values: the classes of pipeline and scheduler, the scheduler's shift, the model's
-        dtype, quantisation and active LoRA adapters, and the call's step count, size and
-        guidance scales. What is not known is left out.
+        repository and commit, dtype, quantisation and active LoRA adapters, and the call's step
+        count, size and guidance scales, with the pipeline's own defaults where the call is silent.
+        What is not known is left out.
     """
     scheduler = pipe.scheduler
     transformer = unwrap(getattr(pipe, component))
@@ -82,12 +88,37 @@ def setting_of(
     for key in _SCHEDULER_KEYS:
         if key in getattr(scheduler, "config", {}):
             found[f"scheduler_{key}"] = scheduler.config[key]
-    for key in _CALL_KEYS:
-        value = (call_kwargs or {}).get(key)
-        if value is not None:
-            found[key] = value
+    found |= _checkpoint(pipe, transformer)
+    if call_kwargs is not None:
+        defaults = _call_defaults(pipe)
+        for key in _CALL_KEYS:
+            value = call_kwargs.get(key, defaults.get(key))
+            if value is not None:
+                found[key] = value
     result: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return result
+
+
+def _checkpoint(pipe: Any, transformer: nn.Module) -> dict[str, str]:
+    """Repository and commit that the weights came from, where they came from the Hub."""
+    names = [
+        str(getattr(owner, "config", {}).get("_name_or_path") or "")
+        for owner in (transformer, pipe)
+    ]
+    for name in names:
+        cached = _CACHED.search(name)
+        if cached is not None:
+            return {"checkpoint": f"{cached[1]}/{cached[2]}", "checkpoint_commit": cached[3]}
+    # A relative folder may look like a repository; a plan must not carry paths.
+    for name in names:
+        if _REPOSITORY.fullmatch(name) and not Path(name).exists():
+            return {"checkpoint": name}
+    return {}
+
+
+def _call_defaults(pipe: Any) -> dict[str, Any]:
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float)}
 
 
 def _without_defaults(module: nn.Module) -> dict[str, Any]:

@@ -1,33 +1,41 @@
-"""`CalibrationStats`: what one calibration measured, and the `.npz` file that holds it.
+"""`CalibrationStats`: what one calibration measured.
 
 Shape suffixes: P prompts, T steps, G groups, M lags, S sketch size.
-
-A statistics file is an *uncompressed* `.npz` without pickled objects: a member can then never
-declare more bytes than the file really has, so that a hostile or truncated file is refused before
-anything large is allocated.
 """
 
 from __future__ import annotations
 
-import io
-import json
+import hashlib
 import os
-import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layercache.errors import ModelMismatchError, StatsError
+from layercache.stats.file import read_archive, write_archive, write_atomically
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CalibrationStats",
+    "FloatArray",
+    "Group",
+    "difference",
+    "merge_all",
+    "write_atomically",
+]
 
 FloatArray = NDArray[np.floating[Any]]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 2 added `mode` and `probes`; version 1 was always `"replay"` with six probes."""
+_VERSION_1 = {"mode": "replay", "probes": 6}
+_MODES = ("replay", "residual")
 _ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain", "amplification")
-_META = "meta"
-_MAX_META_BYTES = 16 * 2**20
+_COUNTS = ("branches", "velocity_bytes", "output_bytes", "numel", "probes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +65,9 @@ class CalibrationStats:
 
     The velocity delta D[t, g, lag] is the change of the guided model output at step t when group g
     adds the residual it had at step t - lag instead of its own. Vectors are stored as linear
-    sketches with one seed, so inner products between any two of them are kept.
+    sketches with one seed, so inner products between any two of them are kept. In mode
+    `"residual"` D is a stand-in, the scaled difference of the group's residuals, with directions
+    of its own: inner products are kept within a group only.
 
     Attributes:
         sigmas: (T+1,) noise levels, strictly falling, the last one 0.
@@ -81,6 +91,8 @@ class CalibrationStats:
         prompt_ids: P identifiers, each a digest of a prompt and its seed; sorted, all different.
         model: Hard fingerprint: transformer class, block lists, architecture hash.
         setting: Soft fingerprint: scheduler, guidance, resolution, dtype and so on.
+        mode: `"replay"` if velocity deltas were measured, `"residual"` if residuals stand in.
+        probes: Perturbed runs that `amplification` was measured with; 0 if it was not.
 
     Example:
         >>> stats = CalibrationStats.load("stats.npz")  # doctest: +SKIP
@@ -104,6 +116,8 @@ class CalibrationStats:
     model: dict[str, Any]
     setting: dict[str, Any]
     amplification: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    mode: str = "replay"
+    probes: int = 0
 
     def __post_init__(self) -> None:
         if self.amplification.size == 0:
@@ -132,6 +146,28 @@ class CalibrationStats:
     def max_lag(self) -> int:
         """M."""
         return int(self.deltas.shape[3])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What statistics must share to be merged."""
+        return {
+            "mode": self.mode,
+            "model": self.model,
+            "groups": [group.name for group in self.groups],
+            "lags": self.max_lag,
+            "probes": self.probes,
+            "sketch_seed": self.sketch_seed,
+            "sketch_size": int(self.velocities.shape[2]),
+            "setting": self.setting,
+            "sigmas": tuple(float(sigma) for sigma in self.sigmas),
+            "branches": self.branches,
+            "numel": self.numel,
+        }
+
+    @property
+    def prompts_sha256(self) -> str:
+        """One digest of all prompts and their seeds."""
+        return hashlib.sha256("".join(self.prompt_ids).encode()).hexdigest()
 
     @property
     def group_ms(self) -> FloatArray:
@@ -168,12 +204,7 @@ class CalibrationStats:
         }
         for name in _meta_fields():
             meta[name] = getattr(self, name)
-        text = json.dumps(meta, sort_keys=True).encode()
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
-        arrays[_META] = np.frombuffer(text, dtype=np.uint8)
-        np.savez(buffer, **arrays)
-        write_atomically(path, buffer.getvalue())
+        write_archive(path, {name: getattr(self, name) for name in _ARRAYS}, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:
@@ -183,62 +214,18 @@ class CalibrationStats:
             StatsError: The file is missing, truncated, malformed, compressed, of a newer version,
                 or holds NaN.
         """
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return _read(archive, str(path))
-        except FileNotFoundError:
-            raise StatsError(f"{path}: no such statistics file") from None
-        except (zipfile.BadZipFile, EOFError, OSError, KeyError, NotImplementedError) as error:
-            raise StatsError(
-                f"{path}: not a whole statistics file ({error}); calibrate again or restore a copy"
-            ) from error
+        arrays, meta = read_archive(path, _ARRAYS)
+        return _built(arrays, meta, str(path))
 
     def merge(self, other: CalibrationStats) -> CalibrationStats:
         """Statistics of both sets of prompts; the same whatever the order or the split.
 
         Raises:
-            ModelMismatchError: Something other than the prompts differs; the message names it.
+            ModelMismatchError: Something other than the prompts differs; the message names it and
+                both values.
             StatsError: A prompt stands in both.
         """
-        for name in ("groups", "branches", "max_lag", "numel", "sketch_seed", "model", "setting"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise ModelMismatchError(
-                    f"cannot merge statistics: {name} differs ({mine!r} and {theirs!r})"
-                )
-        if self.velocities.shape[2] != other.velocities.shape[2]:
-            raise ModelMismatchError(
-                "cannot merge statistics: sketch size differs "
-                f"({self.velocities.shape[2]} and {other.velocities.shape[2]})"
-            )
-        if not np.array_equal(self.sigmas, other.sigmas):
-            raise ModelMismatchError("cannot merge statistics: sigmas differ")
-        both = sorted(set(self.prompt_ids) & set(other.prompt_ids))
-        if both:
-            raise StatsError(
-                f"cannot merge statistics: {len(both)} prompts stand in both, the first is "
-                f"{both[0]}; merge each file once"
-            )
-        ids = self.prompt_ids + other.prompt_ids
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-
-        def joined(name: str) -> Any:
-            rows: FloatArray = np.concatenate([getattr(self, name), getattr(other, name)])[order]
-            return rows
-
-        same = {name: getattr(self, name) for name in _meta_fields()}
-        # A longer prompt has larger text residuals, and plans are made for the largest.
-        pairs = zip(self.group_bytes, other.group_bytes, strict=True)
-        same["group_bytes"] = tuple(max(pair) for pair in pairs)
-        for name in ("velocity_bytes", "output_bytes"):
-            same[name] = max(getattr(self, name), getattr(other, name))
-        same["prompt_ids"] = tuple(ids[i] for i in order)
-        return CalibrationStats(
-            sigmas=self.sigmas,
-            groups=self.groups,
-            **{name: joined(name) for name in _ARRAYS if name != "sigmas"},
-            **same,
-        )
+        return merge_all([self, other])
 
     def select(self, indices: list[int]) -> CalibrationStats:
         """The same statistics with only some prompts (positions in `prompt_ids`)."""
@@ -255,7 +242,7 @@ class CalibrationStats:
         """A few lines for a person."""
         full = float(self.group_ms.sum()) + self.rest_ms
         lines = [
-            f"CalibrationStats of {self.model.get('class_name', '?')}",
+            f"CalibrationStats of {self.model.get('class_name', '?')}, {self.mode} mode",
             f"  prompts {self.num_prompts}, steps {self.num_steps}, groups {self.num_groups}, "
             f"lags {self.max_lag}, sketch {self.velocities.shape[2]}",
             f"  a step: {full:.2f} ms in the transformer, {self.overhead_ms:.2f} ms outside it",
@@ -270,6 +257,64 @@ class CalibrationStats:
         return "\n".join(lines)
 
 
+def merge_all(parts: Sequence[CalibrationStats]) -> CalibrationStats:
+    """Statistics of all prompts of several parts; see `CalibrationStats.merge`."""
+    if not parts:
+        raise StatsError("there are no statistics to merge")
+    first, ids = parts[0], [identity for part in parts for identity in part.prompt_ids]
+    for part in parts[1:]:
+        found = difference(first.identity, part.identity)
+        if found:
+            raise ModelMismatchError(f"cannot merge statistics: {found}")
+    twice = sorted(identity for identity, count in Counter(ids).items() if count > 1)
+    if twice:
+        raise StatsError(
+            f"cannot merge statistics: {len(twice)} prompts stand in more than one part, the "
+            f"first is {twice[0]}; merge each file once"
+        )
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+
+    def joined(name: str) -> Any:
+        rows: FloatArray = np.concatenate([getattr(part, name) for part in parts])[order]
+        return rows
+
+    same = {name: getattr(first, name) for name in _meta_fields()}
+    # A longer prompt has larger text residuals, and plans are made for the largest.
+    sizes = zip(*(part.group_bytes for part in parts), strict=True)
+    same["group_bytes"] = tuple(max(size) for size in sizes)
+    for name in ("velocity_bytes", "output_bytes"):
+        same[name] = max(getattr(part, name) for part in parts)
+    same["prompt_ids"] = tuple(ids[i] for i in order)
+    return CalibrationStats(
+        sigmas=first.sigmas,
+        groups=first.groups,
+        **{name: joined(name) for name in _ARRAYS if name != "sigmas"},
+        **same,
+    )
+
+
+def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], within: str = "") -> str:
+    """The first field in which two mappings differ, with both values; empty if they agree.
+
+    Example:
+        >>> difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+        'b.c differs (2 and 3)'
+    """
+    for name in dict.fromkeys([*mine, *theirs]):
+        one, other = mine.get(name), theirs.get(name)
+        if one == other:
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            return difference(one, other, f"{within}{name}.")
+        if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+            index = next(i for i, item in enumerate(one) if item != other[i])
+            return f"{within}{name}[{index}] differs ({one[index]!r} and {other[index]!r})"
+        if isinstance(one, tuple) and isinstance(other, tuple):
+            return f"the length of {within}{name} differs ({len(one)} and {len(other)})"
+        return f"{within}{name} differs ({one!r} and {other!r})"
+    return ""
+
+
 def _meta_fields() -> tuple[str, ...]:
     return (
         "branches",
@@ -281,6 +326,8 @@ def _meta_fields() -> tuple[str, ...]:
         "prompt_ids",
         "model",
         "setting",
+        "mode",
+        "probes",
     )
 
 
@@ -317,6 +364,11 @@ def _validate(stats: CalibrationStats) -> None:
             f"prompts={prompts}, groups={groups}, branches={stats.branches}, "
             f"numel={stats.numel}: each must be at least 1"
         )
+    if stats.mode not in _MODES or stats.probes < 0:
+        raise StatsError(
+            f"mode is {stats.mode!r} and probes {stats.probes}; the modes are "
+            f"{' and '.join(map(repr, _MODES))}, and probes cannot be negative"
+        )
     if (stats.times_ms < 0).any():
         raise StatsError("times_ms must not be negative")
     if (stats.image_gain <= 0).any() or (stats.amplification <= 0).any():
@@ -327,81 +379,29 @@ def _validate(stats: CalibrationStats) -> None:
         raise StatsError("prompt_ids must be sorted, all different, and as many as the prompts")
 
 
-def _read(archive: zipfile.ZipFile, path: str) -> CalibrationStats:
-    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    unknown = sorted(set(members) - {_META, *_ARRAYS})
-    missing = sorted({_META, *_ARRAYS} - set(members))
-    if missing or unknown:
-        raise StatsError(f"{path}: not a statistics file (missing {missing}, unknown {unknown})")
-    for name, info in members.items():
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise StatsError(f"{path}: member {name!r} is compressed; statistics files never are")
-    if members[_META].file_size > _MAX_META_BYTES:
-        raise StatsError(f"{path}: its metadata has {members[_META].file_size} bytes; refused")
-    with archive.open(members[_META]) as file:
-        try:
-            meta = json.loads(_array(file, members[_META], path).tobytes())
-        except ValueError as error:
-            raise StatsError(f"{path}: its metadata is not JSON ({error})") from error
-    if not isinstance(meta, dict):
-        raise StatsError(f"{path}: its metadata is not a JSON object")
+def _built(arrays: dict[str, Any], meta: dict[str, Any], path: str) -> CalibrationStats:
     version = meta.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
+    if version == 1:
+        meta = {**_VERSION_1, **meta}
+    elif version != SCHEMA_VERSION:
         raise StatsError(
-            f"{path}: statistics of schema version {version!r}; this LayerCache reads version "
-            f"{SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
+            f"{path}: statistics of schema version {version!r}; this LayerCache reads versions 1 "
+            f"and {SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
         )
-    arrays: dict[str, Any] = {}
     for name in _ARRAYS:
-        with archive.open(members[name]) as file:
-            arrays[name] = _array(file, members[name], path)
-            if arrays[name].dtype.kind != "f":
-                raise StatsError(f"{path}: {name} has dtype {arrays[name].dtype}, not a float")
+        if arrays[name].dtype.kind != "f":
+            raise StatsError(f"{path}: {name} has dtype {arrays[name].dtype}, not a float")
     try:
         groups = tuple(Group(**group) for group in meta.pop("groups"))
         fields = {name: meta.pop(name) for name in _meta_fields()}
-        for name in ("branches", "velocity_bytes", "output_bytes", "numel", "sketch_seed"):
+        for name in (*_COUNTS, "sketch_seed"):
             fields[name] = int(fields[name])
         fields["group_bytes"] = tuple(int(value) for value in fields["group_bytes"])
         fields["prompt_ids"] = tuple(str(value) for value in fields["prompt_ids"])
+        for name in ("model", "setting"):
+            fields[name] = dict(fields[name])
     except (KeyError, TypeError, ValueError) as error:
         raise StatsError(f"{path}: its metadata is malformed ({error!r})") from error
     if meta:
         raise StatsError(f"{path}: unknown metadata {sorted(meta)}")
     return CalibrationStats(groups=groups, **arrays, **fields)
-
-
-def _array(file: Any, info: zipfile.ZipInfo, path: str) -> NDArray[Any]:
-    """Read one `.npy` member, checking the declared size against the real one first."""
-    stream: BinaryIO = file
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise StatsError(f"{path}: {info.filename} has .npy version {version}, not (1, 0)")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
-        raise StatsError(f"{path}: {info.filename} is not an array ({error})") from error
-    size = dtype.itemsize
-    for length in shape:
-        size *= int(length)
-    if dtype.hasobject or fortran or size < 0 or stream.tell() + size != info.file_size:
-        raise StatsError(f"{path}: {info.filename} declares {size} bytes and has other contents")
-    data = bytearray(stream.read(size))
-    if len(data) != size:
-        raise StatsError(f"{path}: {info.filename} is truncated")
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` beside `path` and move it into place; parents are made."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

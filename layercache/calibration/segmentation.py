@@ -1,0 +1,104 @@
+"""Groups of neighbouring blocks that behave alike, found from one group a block.
+
+A group has one schedule for all its blocks, which suits them if caching each of them costs about
+the same at the same steps. Block b is described by the curve
+
+    c_b(t) = log mean over prompts of ||D[t, b, 1]||,
+
+what the velocity is moved by when the block is reused from the step before. The groups are the
+contiguous segments with the least sum of squared distances of curves to their segment's mean. An
+exact dynamic programme finds them (W. D. Fisher, "On grouping for maximum homogeneity", 1958); that
+sum is the criterion that Ward's constrained clustering lowers greedily.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layercache.errors import StatsError
+from layercache.stats import CalibrationStats, Group
+
+
+def alike_groups(stats: CalibrationStats, count: int) -> tuple[Group, ...]:
+    """`count` groups of neighbouring blocks with similar velocity deltas.
+
+    Args:
+        stats: Statistics with one group a block.
+        count: How many groups, at least one a block list.
+
+    Raises:
+        StatsError: There are fewer block lists or blocks than that asks for.
+    """
+    lists: dict[str, int] = {}
+    for group in stats.groups:
+        if group.stop - group.start != 1 or group.start != lists.get(group.block_list, 0):
+            raise StatsError("groups can be found only from statistics with one group a block")
+        lists[group.block_list] = group.stop
+    norms = np.sqrt((stats.deltas[:, 1:, :, 0].astype(np.float64) ** 2).sum(axis=-1).mean(axis=0))
+    curves = np.log(np.maximum(norms.T, 1e-30))  # (blocks, T-1)
+    return segments(lists, curves, count)
+
+
+def segments(
+    block_lists: Mapping[str, int], curves: NDArray[np.float64], count: int
+) -> tuple[Group, ...]:
+    """The best `count` contiguous segments; none crosses from one block list into another.
+
+    Args:
+        block_lists: Blocks of each list, in execution order.
+        curves: (blocks, F) one row of features a block, in execution order.
+        count: How many segments.
+
+    Raises:
+        StatsError: `count` does not lie between the number of lists and that of blocks.
+
+    Example:
+        >>> curves = np.array([[0.0], [0.1], [5.0], [5.1], [5.2], [9.0]])
+        >>> [g.name for g in segments({"blocks": 6}, curves, 3)]
+        ['blocks[0:2]', 'blocks[2:5]', 'blocks[5:6]']
+    """
+    total = sum(block_lists.values())
+    if not len(block_lists) <= count <= total:
+        raise StatsError(
+            f"groups=auto:{count}; this model has {len(block_lists)} block lists with {total} "
+            f"blocks in all, so a number from {len(block_lists)} to {total} is needed"
+        )
+    owner = [(name, place) for name, size in block_lists.items() for place in range(size)]
+    within = _within(curves)
+    for start in range(total):
+        for stop in range(start + 1, total + 1):
+            if owner[start][0] != owner[stop - 1][0]:
+                within[start, stop] = np.inf
+    best = np.full((count + 1, total + 1), np.inf)
+    best[0, 0] = 0.0
+    cut = np.zeros((count + 1, total + 1), dtype=int)
+    for used in range(1, count + 1):
+        for stop in range(used, total + 1):
+            options = best[used - 1, :stop] + within[:stop, stop]
+            cut[used, stop] = int(np.argmin(options))
+            best[used, stop] = options[cut[used, stop]]
+    edges = [total]
+    for used in range(count, 0, -1):
+        edges.append(int(cut[used, edges[-1]]))
+    found = []
+    for start, stop in itertools.pairwise(reversed(edges)):
+        name, first = owner[start]
+        found.append(Group(block_list=name, start=first, stop=first + stop - start))
+    return tuple(found)
+
+
+def _within(curves: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, n+1) sum of squared distances to their mean of the rows start..stop-1."""
+    count = len(curves)
+    sums = np.vstack([np.zeros(curves.shape[1]), np.cumsum(curves, axis=0)])
+    squares = np.concatenate([[0.0], np.cumsum((curves**2).sum(axis=1))])
+    result = np.full((count, count + 1), np.inf)
+    for start in range(count):
+        stop = np.arange(start + 1, count + 1)
+        mean = ((sums[stop] - sums[start]) ** 2).sum(axis=1) / (stop - start)
+        result[start, start + 1 :] = np.maximum(squares[stop] - squares[start] - mean, 0.0)
+    return result

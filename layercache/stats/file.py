@@ -1,0 +1,116 @@
+"""The file: an *uncompressed* `.npz` of named arrays and one JSON object, without pickled objects.
+
+Without compression a member can never declare more bytes than the file really has, so that a
+hostile or truncated file is refused before anything large is allocated.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layercache.errors import StatsError
+
+_META = "meta"
+_MAX_META_BYTES = 16 * 2**20
+
+
+def write_archive(
+    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]
+) -> None:
+    """Write the file atomically: a reader sees the old file or the whole new one."""
+    text = json.dumps(meta, sort_keys=True).encode()
+    buffer = io.BytesIO()
+    members: dict[str, Any] = {**arrays, _META: np.frombuffer(text, dtype=np.uint8)}
+    np.savez(buffer, **members)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_archive(
+    path: str | os.PathLike[str], names: Sequence[str]
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The arrays and the JSON object of a file that holds just these.
+
+    Raises:
+        StatsError: The file is missing, truncated, malformed or compressed, or holds other members.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(archive, names, str(path))
+    except FileNotFoundError:
+        raise StatsError(f"{path}: no such statistics file") from None
+    except (zipfile.BadZipFile, EOFError, OSError, KeyError, NotImplementedError) as error:
+        raise StatsError(
+            f"{path}: not a whole statistics file ({error}); calibrate again or restore a copy"
+        ) from error
+
+
+def _read(
+    archive: zipfile.ZipFile, names: Sequence[str], path: str
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    unknown = sorted(set(members) - {_META, *names})
+    missing = sorted({_META, *names} - set(members))
+    if missing or unknown:
+        raise StatsError(f"{path}: not a statistics file (missing {missing}, unknown {unknown})")
+    for name, info in members.items():
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise StatsError(f"{path}: member {name!r} is compressed; statistics files never are")
+    if members[_META].file_size > _MAX_META_BYTES:
+        raise StatsError(f"{path}: its metadata has {members[_META].file_size} bytes; refused")
+    with archive.open(members[_META]) as file:
+        try:
+            meta = json.loads(_array(file, members[_META], path).tobytes())
+        except (ValueError, RecursionError) as error:
+            raise StatsError(f"{path}: its metadata is not JSON ({error})") from error
+    if not isinstance(meta, dict):
+        raise StatsError(f"{path}: its metadata is not a JSON object")
+    arrays = {}
+    for name in names:
+        with archive.open(members[name]) as file:
+            arrays[name] = _array(file, members[name], path)
+    return arrays, meta
+
+
+def _array(file: Any, info: zipfile.ZipInfo, path: str) -> NDArray[Any]:
+    """Read one `.npy` member, checking the declared size against the real one first."""
+    stream: BinaryIO = file
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise StatsError(f"{path}: {info.filename} has .npy version {version}, not (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise StatsError(f"{path}: {info.filename} is not an array ({error})") from error
+    size = dtype.itemsize
+    for length in shape:
+        size *= int(length)
+    if dtype.hasobject or fortran or size < 0 or stream.tell() + size != info.file_size:
+        raise StatsError(f"{path}: {info.filename} declares {size} bytes and has other contents")
+    data = bytearray(stream.read(size))
+    if len(data) != size:
+        raise StatsError(f"{path}: {info.filename} is truncated")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` beside `path` and move it into place; parents are made."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

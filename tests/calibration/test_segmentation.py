@@ -1,0 +1,92 @@
+"""Groups as text, and groups found from curves, against all segmentations of a small model."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layercache.calibration.grouping import auto_count, split_groups
+from layercache.calibration.segmentation import alike_groups, segments
+from layercache.errors import StatsError
+from layercache.stats import Group
+from tests.test_stats import make_stats
+
+
+def names(groups: tuple[Group, ...]) -> list[str]:
+    return [group.name for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2", ["a[0:3]", "b[0:2]"]),
+        ("blocks", ["a[0:1]", "a[1:2]", "a[2:3]", "b[0:1]", "b[1:2]"]),
+        ("a[0:2], b[1:2]", ["a[0:2]", "b[1:2]"]),
+    ],
+)
+def test_groups_are_read_from_text(text: str, expected: list[str]) -> None:
+    assert names(split_groups({"a": 3, "b": 2}, text)) == expected
+
+
+def test_the_name_of_a_single_list_may_be_left_out() -> None:
+    assert names(split_groups({"a": 9}, "0:2,2:9")) == ["a[0:2]", "a[2:9]"]
+
+
+@pytest.mark.parametrize("text", ["many", "0:2", "a[0:2", "", "a[2:1]"])
+def test_text_that_says_nothing_is_refused(text: str) -> None:
+    with pytest.raises(StatsError):
+        split_groups({"a": 3, "b": 2}, text)
+
+
+def test_auto_asks_for_a_number_of_groups() -> None:
+    assert [auto_count(g) for g in ("auto", "auto:7", "4", 4, None)] == [4, 7, None, None, None]
+    with pytest.raises(StatsError, match="write auto:N"):
+        auto_count("auto:few")
+
+
+def cost(curves: Any, bounds: Any) -> float:
+    return sum(
+        float(((curves[a:b] - curves[a:b].mean(axis=0)) ** 2).sum())
+        for a, b in itertools.pairwise(bounds)
+    )
+
+
+@given(st.integers(1, 7), st.integers(0, 10_000))
+def test_no_other_segmentation_is_more_homogeneous(blocks: int, seed: int) -> None:
+    """Oracle: every way to cut the blocks."""
+    rng = np.random.default_rng(seed)
+    curves = rng.standard_normal((blocks, 3))
+    count = int(rng.integers(1, blocks + 1))
+    found = segments({"blocks": blocks}, curves, count)
+    bounds = [0, *(group.stop for group in found)]
+    assert bounds == [*(group.start for group in found), blocks]
+    cuts = itertools.combinations(range(1, blocks), count - 1)
+    best = min(cost(curves, [0, *cut, blocks]) for cut in cuts)
+    assert cost(curves, bounds) <= best + 1e-9
+
+
+def test_no_group_crosses_from_one_list_into_another() -> None:
+    curves = np.array([[0.0], [9.0], [9.0], [0.0]])
+    assert names(segments({"a": 2, "b": 2}, curves, 3)) == ["a[0:1]", "a[1:2]", "b[0:2]"]
+    with pytest.raises(StatsError, match=r"groups=auto:1.*from 2 to 4"):
+        segments({"a": 2, "b": 2}, curves, 1)
+
+
+def test_blocks_that_move_the_velocity_alike_share_a_group() -> None:
+    blocks = tuple(Group(block_list="blocks", start=i, stop=i + 1) for i in range(5))
+    sizes = np.array([10.0, 1.0, 1.0, 1.1, 4.0])[:, None, None]
+    deltas = np.ones((2, 5, 5, 1, 8), np.float32) * sizes
+    stats = make_stats(
+        groups=blocks,
+        deltas=deltas.astype(np.float32),
+        times_ms=np.ones((2, 7)),
+        group_bytes=(1,) * 5,
+    )
+    assert names(alike_groups(stats, 3)) == ["blocks[0:1]", "blocks[1:4]", "blocks[4:5]"]
+    with pytest.raises(StatsError, match="one group a block"):
+        alike_groups(make_stats(), 2)
