@@ -57,16 +57,20 @@ def test_impossible_shards_are_refused(shard: tuple[int, int], message: str) -> 
 @pytest.mark.slow
 def test_two_gloo_processes_return_the_statistics_of_one(tmp_path: Path) -> None:
     """As `torchrun --nproc-per-node 2`, on the CPU; both processes get all prompts."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    result = subprocess.run(
-        [*launch, "-m", "tests.calibration.worker", str(tmp_path), "3"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    whole = calibrate_tiny(None, batch_size=3)
+    launcher = ["torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
+    for launch, folder in (([], "one"), (launcher, "two")):
+        (tmp_path / folder).mkdir()
+        worker = ["tests.calibration.worker", str(tmp_path / folder), "3"]
+        result = subprocess.run(
+            [sys.executable, "-m", *launch, *worker],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    whole = CalibrationStats.load(tmp_path / "one" / "main.npz")
+    assert whole.num_prompts == len(PROMPTS)
     for name in ("main.npz", "other.npz"):
-        same_statistics(CalibrationStats.load(tmp_path / name), whole)
+        same_statistics(CalibrationStats.load(tmp_path / "two" / name), whole)
