@@ -165,7 +165,7 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         except InfeasibleBudgetError as error:
             raise _infeasible(stats, budget, error) from error
         plan = _best_plan(stats, budget, options, candidates, measured_steps)
-        _verify(stats, plan, options, problem.fixed_ms, limit)
+        _verify(stats, plan)
         plans.append(plan)
     return plans
 
@@ -371,16 +371,42 @@ def _unit_plan(
     )
 
 
-def _verify(
-    stats: CalibrationStats, plan: Plan, options: Options, fixed_ms: float, budget_ms: float
-) -> None:
-    """Recompute the plan as it will be read, and compare every figure on it.
+def restate(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) -> Plan:
+    """A plan with other rows: all its figures computed again from the statistics, and verified.
+
+    Args:
+        stats: The statistics that the plan was compiled from.
+        plan: A compiled plan.
+        units: Rows for the same steps and groups.
 
     Raises:
-        VerificationError: A rule is broken or a figure is wrong.
+        VerificationError: The rows break a rule of the plan.
+        StatsError: The statistics cannot be interpolated to the plan's sigmas.
     """
+    if "interpolated_from_steps" in plan.provenance:
+        stats = resample(stats, np.array(plan.sigmas))
+    changed = Plan.from_dict({**plan.to_dict(), "units": [unit.model_dump() for unit in units]})
+    found = verify(stats, _rows(stats, changed), _rules(stats, changed)).require()
+    psnr = predicted_psnr(stats, found.error)
+    full = stats.num_steps * _step_ms(stats)
+    overhead = stats.num_steps * stats.overhead_ms
+    objective, bound = found.objective, changed.certificate.lower_bound
+    predicted = Predicted(
+        speedup=(full + overhead) / (found.cost_ms + overhead),
+        compute_share=found.cost_ms / full,
+        psnr_db=float(psnr.mean()) if np.isfinite(psnr).all() else None,
+        psnr_worst_db=float(psnr.min()) if np.isfinite(psnr).all() else None,
+        cache_bytes=found.cache_bytes,
+    )
+    gap = max(0.0, (objective - bound) / objective) if objective > 0 else 0.0
+    certificate = changed.certificate.model_copy(update={"objective": objective, "gap": gap})
+    return changed.model_copy(update={"predicted": predicted, "certificate": certificate})
+
+
+def _rows(stats: CalibrationStats, plan: Plan) -> list[Row]:
+    """The plan's rows as they will be read."""
     number = {group.name: index for index, group in enumerate(stats.groups)}
-    rows = [
+    return [
         Row(
             group=number.get(unit.name),
             refresh=schedule.refresh,
@@ -390,16 +416,29 @@ def _verify(
         )
         for unit, schedule in ((unit, plan.schedules[unit.name]) for unit in plan.units)
     ]
-    rules = Rules(
-        budget_ms=budget_ms,
-        history=_history(options),
-        gains=_cell_gains(options),
-        power=options.power,
-        max_gap=options.max_gap,
-        forced=frozenset(options.forced),
-        max_cache_bytes=options.max_cache_bytes,
+
+
+def _rules(stats: CalibrationStats, plan: Plan) -> Rules:
+    """What the plan says it was asked to keep to."""
+    asked, mode = plan.provenance, plan.certificate.gains
+    return Rules(
+        budget_ms=_budget_ms(stats, plan.budget),
+        history=asked["history"],
+        gains="cell" if mode == "trajectory" else mode,
+        power=plan.certificate.power,
+        max_gap=asked["max_gap"],
+        forced=frozenset(asked["forced"]),
+        max_cache_bytes=asked["max_cache_bytes"],
     )
-    found = verify(stats, rows, rules).require()
+
+
+def _verify(stats: CalibrationStats, plan: Plan) -> None:
+    """Recompute the plan as it will be read, and compare every figure on it.
+
+    Raises:
+        VerificationError: A rule is broken or a figure is wrong.
+    """
+    found = verify(stats, _rows(stats, plan), _rules(stats, plan)).require()
     full = stats.num_steps * _step_ms(stats)
     psnr = predicted_psnr(stats, found.error)
     pairs = {

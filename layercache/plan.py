@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -294,6 +294,12 @@ class Plan(_Frozen):
         except PlanError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, without the original's resolved rows."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("schedules", None)
+        return copied
 
     @property
     def num_steps(self) -> int:

@@ -22,14 +22,17 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
     "reference": {"errors"},
+    "refine": {
+        "errors", "stats", "plan", "solver", "compile", "models", "calibration", "runtime",
+    },
     "evaluation": {
         "errors", "stats", "plan", "solver", "compile", "models", "calibration", "runtime",
-        "reference",
+        "reference", "refine",
     },
     "cli_options": {"errors", "plan", "reference"},
     "cli": {
         "errors", "stats", "plan", "solver", "compile", "models", "calibration", "runtime",
-        "reference", "evaluation", "cli_options",
+        "reference", "evaluation", "cli_options", "refine",
     },
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "compile"},
