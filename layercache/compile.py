@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
+from pydantic import ValidationError
 
-from layercache.errors import BudgetError, LayerCacheError
+from layercache.errors import BudgetError, LayerCacheError, StatsError
+from layercache.options import HISTORY, Options
 from layercache.plan import (
     IDLE,
     MAX_SPAN,
@@ -30,7 +31,7 @@ from layercache.plan import (
 )
 from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
-from layercache.solver.gains import GAIN_MODES, GainFit, predicted_psnr, trajectory_error
+from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
 from layercache.solver.polish import StepPolish
 from layercache.solver.pricing import STEP_NAME, price_units
 from layercache.solver.resample import resample
@@ -39,23 +40,7 @@ from layercache.solver.solution import UnitSchedule, build_solution
 from layercache.solver.verify import Row, Rules, VerificationError, verify
 from layercache.stats import CalibrationStats, FloatArray
 
-HISTORY = 2
 _AGREEMENT = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How plans are compiled; see `compile_plan`."""
-
-    solver: str = "dp"
-    units: tuple[str, ...] = ("step", "groups")
-    gains: str = "trajectory"
-    power: float = 1.0
-    max_cache_bytes: int | None = None
-    history: int = HISTORY
-    max_gap: int | None = None
-    forced: tuple[int, ...] = ()
-    sigmas: tuple[float, ...] | None = None
 
 
 def compile_plan(
@@ -95,7 +80,8 @@ def compile_plan(
         BudgetError: The budget cannot be met; the message gives the tightest one that can.
         PlanError: The budget cannot be read.
         StatsError: The statistics cannot be interpolated to `sigmas`.
-        LayerCacheError: An option is unknown.
+        LayerCacheError: An option is unknown or not of its type, or `power` takes prices out of the
+            range of floating-point numbers.
 
     Example:
         >>> plan = compile_plan(stats, "2x")  # doctest: +SKIP
@@ -106,14 +92,14 @@ def compile_plan(
     """
     options = Options(
         solver=solver,
-        units=tuple(units),
+        units=units,
         gains=gains,
         power=power,
         max_cache_bytes=max_cache_bytes,
         history=history,
         max_gap=max_gap,
-        forced=tuple(forced),
-        sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
+        forced=forced,
+        sigmas=sigmas,
     )
     return _compile(stats, [Budget.parse(budget)], options)[0]
 
@@ -132,15 +118,13 @@ def pareto(
 
 
 def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -> list[Plan]:
-    if options.solver not in SOLVERS:
-        raise LayerCacheError(
-            f"solver is {options.solver!r}; use {' or '.join(map(repr, sorted(SOLVERS)))}"
-        )
-    if options.gains not in GAIN_MODES:
-        modes = ", ".join(map(repr, GAIN_MODES[:-1]))
-        raise LayerCacheError(f"gains is {options.gains!r}; use {modes} or {GAIN_MODES[-1]!r}")
     if not budgets:
         return []
+    if _step_ms(stats) <= 0:
+        raise StatsError(
+            "times_ms gives the transformer 0 ms a step, of which no budget can be a share: "
+            "calibrate again with a clock that sees its time"
+        )
     measured_steps = stats.num_steps
     if options.sigmas is not None:
         stats = resample(stats, np.array(options.sigmas))
@@ -165,7 +149,15 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
                 candidates = [SOLVERS[options.solver](problem.with_budget(limit))]
         except InfeasibleBudgetError as error:
             raise _infeasible(stats, budget, error) from error
-        plan = _best_plan(stats, budget, options, candidates, measured_steps)
+        try:
+            plan = _best_plan(stats, budget, options, candidates, measured_steps)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise StatsError(
+                f"the statistics make no plan ({place + ': ' if place else ''}{first['msg']}): "
+                "their model or groups are malformed; calibrate again"
+            ) from error
         _verify(stats, plan, options, problem.fixed_ms, limit)
         plans.append(plan)
     return plans
@@ -258,12 +250,14 @@ def _infeasible(
         return BudgetError(f"a budget of {budget} cannot be met: {error}")
     full = stats.num_steps * _step_ms(stats)
     overhead = stats.num_steps * stats.overhead_ms
-    # Rounded to the side on which the budget is met.
-    share = math.ceil(error.smallest_ms / full * 1e4) / 1e4
+    # Rounded to the side on which the budget is met; full compute may come out a bit above `full`.
+    share = min(math.ceil(error.smallest_ms / full * 1e4) / 1e4, 1.0)
     speedup = math.floor((full + overhead) / (error.smallest_ms + overhead) * 1e3) / 1e3
+    speedup = max(speedup, 1.0)
+    found = "" if error.proven else "found "
     return BudgetError(
-        f"a budget of {budget} cannot be met: the tightest for these statistics and options is "
-        f"Budget(fraction={share:.4f}) or Budget(speedup={speedup:.3f}); relax the budget, "
+        f"a budget of {budget} cannot be met: the tightest {found}for these statistics and options "
+        f"is Budget(fraction={share:.4f}) or Budget(speedup={speedup:.3f}); relax the budget, "
         "calibrate with more lags, or raise max_gap and max_cache_bytes where they are set"
     )
 
@@ -307,7 +301,7 @@ def _plan(
         }
     plan = Plan(
         generator=f"layercache {_version()}",
-        model=ModelFingerprint(**stats.model),
+        model=ModelFingerprint.model_validate(stats.model),
         setting=setting,
         sigmas=tuple(float(sigma) for sigma in stats.sigmas),
         branches=stats.branches,
@@ -400,16 +394,23 @@ def _verify(
     )
     found = verify(stats, rows, rules).require()
     full = stats.num_steps * _step_ms(stats)
+    overhead = stats.num_steps * stats.overhead_ms
     psnr = predicted_psnr(stats, found.error)
-    pairs = {
-        "compute_share": (plan.predicted.compute_share, found.cost_ms / full),
-        "objective": (plan.certificate.objective, found.objective),
-        "cache_bytes": (plan.predicted.cache_bytes, found.cache_bytes),
-    }
-    if plan.predicted.psnr_db is not None:
-        pairs["psnr_db"] = (plan.predicted.psnr_db, float(psnr.mean()))
-    for name, (stated, recomputed) in pairs.items():
-        if not math.isclose(stated, recomputed, rel_tol=_AGREEMENT, abs_tol=1e-300):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slack = 10 * np.log10(1 + found.error_rounding / found.error)
+    predicted = plan.predicted
+    checks: list[tuple[str, float | None, float, float]] = [
+        ("speedup", predicted.speedup, (full + overhead) / (found.cost_ms + overhead), 0.0),
+        ("compute_share", predicted.compute_share, found.cost_ms / full, 0.0),
+        ("objective", plan.certificate.objective, found.objective, found.objective_rounding),
+        ("cache_bytes", predicted.cache_bytes, found.cache_bytes, 0.0),
+        ("psnr_db", predicted.psnr_db, float(psnr.mean()), float(slack.max())),
+        ("psnr_worst_db", predicted.psnr_worst_db, float(psnr.min()), float(slack.max())),
+    ]
+    for name, stated, recomputed, rounding in checks:
+        if stated is None:
+            continue
+        if not abs(stated - recomputed) <= _AGREEMENT * abs(stated) + rounding:
             raise VerificationError(
                 f"the plan states {name} = {stated!r}, but the statistics give {recomputed!r}; "
                 "this is a bug: please report it with the statistics file"

@@ -17,7 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "stats": {"errors"},
     "plan": {"errors", "stats"},
     "solver": {"errors", "stats"},
-    "compile": {"errors", "stats", "plan", "solver"},
+    "options": {"errors", "solver"},
+    "compile": {"errors", "stats", "plan", "solver", "options"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
@@ -34,7 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "compile"},
 }  # fmt: skip
-TORCH_FREE = ("errors", "stats", "plan", "solver", "compile", "cli", "cli_options", "__init__")
+TORCH_FREE = (
+    "errors", "stats", "plan", "solver", "options", "compile", "cli", "cli_options", "__init__",
+)  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 
 
