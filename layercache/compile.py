@@ -367,7 +367,7 @@ def _unit_plan(
 def _verify(
     stats: CalibrationStats, plan: Plan, options: Options, fixed_ms: float, budget_ms: float
 ) -> None:
-    """Recompute the plan as it will be read, and compare every figure on it.
+    """Recompute the plan as it will be read, and compare every figure on it but the bound.
 
     Raises:
         VerificationError: A rule is broken or a figure is wrong.
