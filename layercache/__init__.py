@@ -13,6 +13,7 @@ from layercache.errors import (
     StatsError,
     UnsupportedModelError,
 )
+from layercache.options import Options
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats, Group
 
@@ -23,6 +24,7 @@ __all__ = [
     "Group",
     "LayerCacheError",
     "ModelMismatchError",
+    "Options",
     "Plan",
     "PlanError",
     "StatsError",

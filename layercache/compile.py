@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
+from pydantic import ValidationError
 
-from layercache.errors import BudgetError, LayerCacheError
+from layercache.errors import BudgetError, LayerCacheError, StatsError
+from layercache.figures import budget_ms, check_figures, step_ms
+from layercache.options import HISTORY, Options
 from layercache.plan import (
     IDLE,
     MAX_SPAN,
@@ -29,32 +31,13 @@ from layercache.plan import (
 )
 from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
-from layercache.solver.gains import GAIN_MODES, GainFit, predicted_psnr, trajectory_error
+from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
 from layercache.solver.polish import StepPolish
 from layercache.solver.pricing import STEP_NAME, price_units
 from layercache.solver.resample import resample
 from layercache.solver.select import best_candidate
 from layercache.solver.solution import UnitSchedule, build_solution
-from layercache.solver.verify import Row, Rules, VerificationError, verify
 from layercache.stats import CalibrationStats, FloatArray
-
-HISTORY = 2
-_AGREEMENT = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How plans are compiled; see `compile_plan`."""
-
-    solver: str = "dp"
-    units: tuple[str, ...] = ("step", "groups")
-    gains: str = "trajectory"
-    power: float = 1.0
-    max_cache_bytes: int | None = None
-    history: int = HISTORY
-    max_gap: int | None = None
-    forced: tuple[int, ...] = ()
-    sigmas: tuple[float, ...] | None = None
 
 
 def compile_plan(
@@ -94,7 +77,8 @@ def compile_plan(
         BudgetError: The budget cannot be met; the message gives the tightest one that can.
         PlanError: The budget cannot be read.
         StatsError: The statistics cannot be interpolated to `sigmas`.
-        LayerCacheError: An option is unknown.
+        LayerCacheError: An option is unknown or not of its type, or `power` takes prices out of the
+            range of floating-point numbers.
 
     Example:
         >>> plan = compile_plan(stats, "2x")  # doctest: +SKIP
@@ -105,14 +89,14 @@ def compile_plan(
     """
     options = Options(
         solver=solver,
-        units=tuple(units),
+        units=units,
         gains=gains,
         power=power,
         max_cache_bytes=max_cache_bytes,
         history=history,
         max_gap=max_gap,
-        forced=tuple(forced),
-        sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
+        forced=forced,
+        sigmas=sigmas,
     )
     return _compile(stats, [Budget.parse(budget)], options)[0]
 
@@ -131,15 +115,13 @@ def pareto(
 
 
 def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -> list[Plan]:
-    if options.solver not in SOLVERS:
-        raise LayerCacheError(
-            f"solver is {options.solver!r}; use {' or '.join(map(repr, sorted(SOLVERS)))}"
-        )
-    if options.gains not in GAIN_MODES:
-        modes = ", ".join(map(repr, GAIN_MODES[:-1]))
-        raise LayerCacheError(f"gains is {options.gains!r}; use {modes} or {GAIN_MODES[-1]!r}")
     if not budgets:
         return []
+    if step_ms(stats) <= 0:
+        raise StatsError(
+            "times_ms gives the transformer 0 ms a step, of which no budget can be a share: "
+            "calibrate again with a clock that sees its time"
+        )
     measured_steps = stats.num_steps
     if options.sigmas is not None:
         stats = resample(stats, np.array(options.sigmas))
@@ -153,7 +135,7 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
     )
     plans = []
     for budget in budgets:
-        limit = _budget_ms(stats, budget)
+        limit = budget_ms(stats, budget)
         try:
             if programme is not None:
                 count = None if options.gains == "trajectory" else 1
@@ -164,8 +146,16 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
                 candidates = [SOLVERS[options.solver](problem.with_budget(limit))]
         except InfeasibleBudgetError as error:
             raise _infeasible(stats, budget, error) from error
-        plan = _best_plan(stats, budget, options, candidates, measured_steps)
-        _verify(stats, plan)
+        try:
+            plan = _best_plan(stats, budget, options, candidates, measured_steps)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise StatsError(
+                f"the statistics make no plan ({place + ': ' if place else ''}{first['msg']}): "
+                "their model or groups are malformed; calibrate again"
+            ) from error
+        check_figures(stats, plan)
         plans.append(plan)
     return plans
 
@@ -237,32 +227,21 @@ def _history(options: Options) -> int:
     return 0 if options.gains == "none" else options.history
 
 
-def _step_ms(stats: CalibrationStats) -> float:
-    return float(stats.group_ms.sum()) + stats.rest_ms
-
-
-def _budget_ms(stats: CalibrationStats, budget: Budget) -> float:
-    """Milliseconds that the transformer may take for all steps."""
-    full = stats.num_steps * _step_ms(stats)
-    if budget.speedup is None:
-        return (budget.fraction or 0.0) * full
-    overhead = stats.num_steps * stats.overhead_ms
-    return (full + overhead) / budget.speedup - overhead
-
-
 def _infeasible(
     stats: CalibrationStats, budget: Budget, error: InfeasibleBudgetError
 ) -> BudgetError:
     if not np.isfinite(error.smallest_ms):
         return BudgetError(f"a budget of {budget} cannot be met: {error}")
-    full = stats.num_steps * _step_ms(stats)
+    full = stats.num_steps * step_ms(stats)
     overhead = stats.num_steps * stats.overhead_ms
-    # Rounded to the side on which the budget is met.
-    share = math.ceil(error.smallest_ms / full * 1e4) / 1e4
+    # Rounded to the side on which the budget is met; full compute may come out a bit above `full`.
+    share = min(math.ceil(error.smallest_ms / full * 1e4) / 1e4, 1.0)
     speedup = math.floor((full + overhead) / (error.smallest_ms + overhead) * 1e3) / 1e3
+    speedup = max(speedup, 1.0)
+    found = "" if error.proven else "found "
     return BudgetError(
-        f"a budget of {budget} cannot be met: the tightest for these statistics and options is "
-        f"Budget(fraction={share:.4f}) or Budget(speedup={speedup:.3f}); relax the budget, "
+        f"a budget of {budget} cannot be met: the tightest {found}for these statistics and options "
+        f"is Budget(fraction={share:.4f}) or Budget(speedup={speedup:.3f}); relax the budget, "
         "calibrate with more lags, or raise max_gap and max_cache_bytes where they are set"
     )
 
@@ -279,7 +258,7 @@ def _plan(
         _unit_plan(stats, schedule, gains, fit.mode)
         for schedule, gains in zip(solution.units, fit.gains, strict=True)
     )
-    full = stats.num_steps * _step_ms(stats)
+    full = stats.num_steps * step_ms(stats)
     overhead = stats.num_steps * stats.overhead_ms
     exact = all(not unit.cached.any() for unit in solution.units)
     psnr = predicted_psnr(stats, trajectory_error(stats, solution.units, fit.gains))
@@ -308,7 +287,7 @@ def _plan(
         }
     plan = Plan(
         generator=f"layercache {_version()}",
-        model=ModelFingerprint(**stats.model),
+        model=ModelFingerprint.model_validate(stats.model),
         setting=setting,
         sigmas=tuple(float(sigma) for sigma in stats.sigmas),
         branches=stats.branches,
@@ -369,91 +348,6 @@ def _unit_plan(
         cells=cells,
         gains=values,
     )
-
-
-def restate(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) -> Plan:
-    """A plan with other rows: all its figures computed again from the statistics, and verified.
-
-    Args:
-        stats: The statistics that the plan was compiled from.
-        plan: A compiled plan.
-        units: Rows for the same steps and groups.
-
-    Raises:
-        VerificationError: The rows break a rule of the plan.
-        StatsError: The statistics cannot be interpolated to the plan's sigmas.
-    """
-    if "interpolated_from_steps" in plan.provenance:
-        stats = resample(stats, np.array(plan.sigmas))
-    changed = Plan.from_dict({**plan.to_dict(), "units": [unit.model_dump() for unit in units]})
-    found = verify(stats, _rows(stats, changed), _rules(stats, changed)).require()
-    psnr = predicted_psnr(stats, found.error)
-    full = stats.num_steps * _step_ms(stats)
-    overhead = stats.num_steps * stats.overhead_ms
-    objective, bound = found.objective, changed.certificate.lower_bound
-    predicted = Predicted(
-        speedup=(full + overhead) / (found.cost_ms + overhead),
-        compute_share=found.cost_ms / full,
-        psnr_db=float(psnr.mean()) if np.isfinite(psnr).all() else None,
-        psnr_worst_db=float(psnr.min()) if np.isfinite(psnr).all() else None,
-        cache_bytes=found.cache_bytes,
-    )
-    gap = max(0.0, (objective - bound) / objective) if objective > 0 else 0.0
-    certificate = changed.certificate.model_copy(update={"objective": objective, "gap": gap})
-    return changed.model_copy(update={"predicted": predicted, "certificate": certificate})
-
-
-def _rows(stats: CalibrationStats, plan: Plan) -> list[Row]:
-    """The plan's rows as they will be read."""
-    number = {group.name: index for index, group in enumerate(stats.groups)}
-    return [
-        Row(
-            group=number.get(unit.name),
-            refresh=schedule.refresh,
-            anchor=schedule.anchor,
-            base=schedule.base,
-            weight=schedule.weight,
-        )
-        for unit, schedule in ((unit, plan.schedules[unit.name]) for unit in plan.units)
-    ]
-
-
-def _rules(stats: CalibrationStats, plan: Plan) -> Rules:
-    """What the plan says it was asked to keep to."""
-    asked, mode = plan.provenance, plan.certificate.gains
-    return Rules(
-        budget_ms=_budget_ms(stats, plan.budget),
-        history=asked["history"],
-        gains="cell" if mode == "trajectory" else mode,
-        power=plan.certificate.power,
-        max_gap=asked["max_gap"],
-        forced=frozenset(asked["forced"]),
-        max_cache_bytes=asked["max_cache_bytes"],
-    )
-
-
-def _verify(stats: CalibrationStats, plan: Plan) -> None:
-    """Recompute the plan as it will be read, and compare every figure on it.
-
-    Raises:
-        VerificationError: A rule is broken or a figure is wrong.
-    """
-    found = verify(stats, _rows(stats, plan), _rules(stats, plan)).require()
-    full = stats.num_steps * _step_ms(stats)
-    psnr = predicted_psnr(stats, found.error)
-    pairs = {
-        "compute_share": (plan.predicted.compute_share, found.cost_ms / full),
-        "objective": (plan.certificate.objective, found.objective),
-        "cache_bytes": (plan.predicted.cache_bytes, found.cache_bytes),
-    }
-    if plan.predicted.psnr_db is not None:
-        pairs["psnr_db"] = (plan.predicted.psnr_db, float(psnr.mean()))
-    for name, (stated, recomputed) in pairs.items():
-        if not math.isclose(stated, recomputed, rel_tol=_AGREEMENT, abs_tol=1e-300):
-            raise VerificationError(
-                f"the plan states {name} = {stated!r}, but the statistics give {recomputed!r}; "
-                "this is a bug: please report it with the statistics file"
-            )
 
 
 def _version() -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -221,6 +222,11 @@ class UnitPlan(_Frozen):
                 slope = sigmas[anchor[step]] - sigmas[base[step]]
                 rise = (sigmas[step] - sigmas[anchor[step]]) / slope
                 weight[step] = (1.0 if gain is None else gain) * rise
+                if not math.isfinite(weight[step]):
+                    raise PlanError(
+                        f"{self.name}.cells[{step}] has gain {gain} and a rise of {rise:g}: their "
+                        "product is no finite weight"
+                    )
             elif gain:
                 raise PlanError(f"{self.name}.gains[{step}] is {gain} at an idle cell")
         last_use = [-1] * steps

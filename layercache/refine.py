@@ -36,8 +36,8 @@ from torch import Tensor
 
 from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch, Prompt, batches
-from layercache.compile import restate
 from layercache.errors import LayerCacheError, StatsError
+from layercache.figures import restate
 from layercache.models.stepping import tapped_step
 from layercache.plan import MAX_SPAN, REFRESH, SPANS, Plan, UnitPlan
 from layercache.runtime import apply_plan

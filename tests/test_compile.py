@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercache import Budget, BudgetError, CalibrationStats, LayerCacheError, Plan, compile_plan
-from layercache.compile import Options, pareto
+from layercache.compile import pareto
+from layercache.errors import StatsError
+from layercache.options import Options
 from layercache.solver.verify import Row, Rules, VerificationError, verify
 from tests.solver.strategies import random_stats
 
@@ -270,6 +272,123 @@ def test_unknown_options_are_refused(arguments: dict[str, Any], message: str) ->
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"history": 1.5}, "history is 1.5; it must be a whole number"),
+        ({"history": None}, "history is None; it must be a whole number"),
+        ({"max_gap": "2"}, "max_gap is '2'; it must be a whole number"),
+        ({"max_gap": float("nan")}, "max_gap is nan; it must be a whole number"),
+        ({"max_cache_bytes": float("inf")}, "max_cache_bytes is inf; it must be a whole number"),
+        ({"max_cache_bytes": "1MB"}, "max_cache_bytes is '1MB'; it must be a whole number"),
+        ({"forced": 5}, "forced is 5; it must be a sequence"),
+        ({"forced": (0.5,)}, "a forced step is 0.5; it must be a whole number"),
+        ({"power": "2"}, "power is '2'; it must be a number above 0"),
+        ({"power": float("nan")}, "power is nan; it must be finite and above 0"),
+        ({"units": None}, "units is None; it must be a sequence"),
+        ({"solver": ["dp"]}, "solver is ['dp']; use 'dp' or 'greedy' or 'milp'"),
+        ({"sigmas": ["a"]}, "sigmas is ['a']; it must hold T+1 numbers"),
+        ({"sigmas": 5}, "sigmas is 5; it must be a sequence"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayerCacheError) as error:
+        compile_plan(random_stats(0), 0.6, **arguments)
+    assert str(error.value) == message
+
+
+def test_numbers_of_numpy_and_whole_floats_are_options_like_any_other(tmp_path: Path) -> None:
+    stats = random_stats(0)
+    plain = {"history": 1, "max_gap": 3, "forced": (3, 5), "power": 2.0, "max_cache_bytes": 10**6}
+    fancy: dict[str, Any] = {
+        "history": np.int64(1),
+        "max_gap": 3.0,
+        "forced": np.array([3, 5]),
+        "power": np.float32(2),
+        "max_cache_bytes": 1e6,
+    }
+    plan = compile_plan(stats, np.float64(0.6), units="step", **fancy)
+    assert plan == compile_plan(stats, 0.6, units=("step",), **plain)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_a_power_that_takes_prices_out_of_range_is_refused() -> None:
+    """Prices that underflow to 0 would make every plan look free."""
+    for power in (100, 1e9):
+        with pytest.raises(LayerCacheError, match=f"power is {float(power)}.*nearer to 1"):
+            compile_plan(random_stats(0), 0.6, power=power)
+
+
+def test_statistics_without_times_are_refused() -> None:
+    stats = random_stats(0)
+    with pytest.raises(StatsError, match="0 ms a step"):
+        compile_plan(replace(stats, times_ms=np.zeros_like(stats.times_ms)), 0.6)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "class_name: Field required"),
+        ({"block_lists": {"blocks": 2}}, r"blocks\[2:4\]\) is not in model.block_lists"),
+        ({"x": 1}, "x: Extra inputs are not permitted"),
+    ],
+)
+def test_statistics_of_a_malformed_model_are_refused(model: dict[str, Any], message: str) -> None:
+    stats = random_stats(0)
+    changed = {**stats.model, **model} if model else {}
+    with pytest.raises(StatsError, match=message):
+        compile_plan(replace(stats, model=changed), 0.6)
+
+
+def straight(stats: CalibrationStats, change: float) -> CalibrationStats:
+    """Velocities that are linear in sigma up to float32's rounding, `change` how much they move."""
+    start, slope = stats.velocities[:, :1].astype(float), stats.velocities[:, 1:2].astype(float)
+    moved = start + change * slope * stats.sigmas[:-1, None]
+    return replace(stats, velocities=moved.astype(np.float32))
+
+
+@pytest.mark.parametrize("gains", ["none", "unit", "cell", "trajectory"])
+@pytest.mark.parametrize("change", [0.0, 1e-6, 1e-4, 1e-2, 1.0])
+def test_almost_straight_trajectories_are_no_bug(gains: str, change: float) -> None:
+    """Their errors are differences of nearly equal numbers, of which rounding is a large part."""
+    stats = straight(random_stats(1), change)
+    for units in UNITS:
+        plan = compile_plan(stats, 0.6, units=units, gains=gains)
+        assert plan.certificate.lower_bound <= plan.certificate.objective
+
+
+def test_a_prompt_without_any_error_does_not_decide_alone() -> None:
+    stats = random_stats(1, prompts=5)
+    velocities, deltas = stats.velocities.copy(), stats.deltas.copy()
+    velocities[0], deltas[0] = 0, 0
+    with_still = replace(stats, velocities=velocities, deltas=deltas)
+    plan = compile_plan(with_still, 0.6, units=("step",))
+    assert plan.certificate.gains == "trajectory"
+    assert "nan" not in plan.provenance["gains"]
+    still = replace(stats, velocities=0 * stats.velocities, deltas=0 * stats.deltas)
+    plan = compile_plan(still, 0.6, units=("step",))
+    assert plan.provenance["gains"] in ("per-cell gains: they leave no error", "no cell predicts")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3, 5, 7, 25])
+def test_the_tightest_budget_in_the_message_is_a_budget(seed: int) -> None:
+    """Sums of milliseconds round: full compute comes out above its own share of 1 in four."""
+    stats = random_stats(seed, steps=4 + seed % 9, groups=1 + seed % 4, prompts=1, lags=2, size=4)
+    with pytest.raises(BudgetError, match=r"fraction=1\.0000\) or Budget\(speedup=1\.000\)"):
+        compile_plan(stats, 0.5, max_gap=0)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 150, 240])
+def test_the_budget_that_greedy_names_keeps_the_memory_limit(limit: int) -> None:
+    stats = random_stats(0)
+    with pytest.raises(BudgetError, match="the tightest found for these") as error:
+        compile_plan(stats, 0.05, solver="greedy", max_cache_bytes=limit)
+    share = float(str(error.value).split("fraction=")[1].split(")")[0])
+    plan = compile_plan(stats, share, solver="greedy", max_cache_bytes=limit)
+    assert plan.predicted.cache_bytes <= limit
+
+
 def test_milp_compiles_the_same_objective_as_dp() -> None:
     stats = random_stats(12, steps=8, groups=2, lags=3)
     plans = [
@@ -281,14 +400,15 @@ def test_milp_compiles_the_same_objective_as_dp() -> None:
 
 def test_the_chosen_schedule_has_the_least_error_left_out() -> None:
     """Oracle: every candidate fitted by hand."""
-    from layercache.compile import _budget_ms, _problem
+    from layercache.compile import _problem
+    from layercache.figures import budget_ms
     from layercache.solver.dp import DynamicProgramme
     from layercache.solver.gains import fit_gains
 
     stats = random_stats(13, prompts=6)
     options = Options()
     candidates = DynamicProgramme(_problem(stats, options)).candidates(
-        _budget_ms(stats, Budget(fraction=0.6))
+        budget_ms(stats, Budget(fraction=0.6))
     )
     near = [c for c in candidates if c.objective <= 2 * candidates[0].objective]
     best = min(near, key=lambda c: fit_gains(stats, c.units).score)

@@ -17,17 +17,19 @@ ALLOWED: dict[str, set[str]] = {
     "stats": {"errors"},
     "plan": {"errors", "stats"},
     "solver": {"errors", "stats"},
-    "compile": {"errors", "stats", "plan", "solver"},
+    "options": {"errors", "solver"},
+    "figures": {"errors", "stats", "plan", "solver"},
+    "compile": {"figures", "errors", "stats", "plan", "solver", "options"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
     "reference": {"errors"},
     "refine": {
-        "errors", "stats", "plan", "solver", "compile", "models", "calibration", "runtime",
+        "errors", "stats", "plan", "solver", "figures", "models", "calibration", "runtime",
     },
     "evaluation": {
-        "errors", "stats", "plan", "solver", "compile", "models", "calibration", "runtime",
-        "reference", "refine",
+        "errors", "stats", "plan", "solver", "options", "compile", "models", "calibration",
+        "runtime", "reference", "refine",
     },
     "cli_options": {"errors", "plan", "reference"},
     "cli": {
@@ -35,9 +37,12 @@ ALLOWED: dict[str, set[str]] = {
         "reference", "evaluation", "cli_options", "refine",
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "stats", "plan", "compile"},
+    "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
-TORCH_FREE = ("errors", "stats", "plan", "solver", "compile", "cli", "cli_options", "__init__")
+TORCH_FREE = (
+    "errors", "stats", "plan", "solver", "options", "figures", "compile", "cli", "cli_options",
+    "__init__",
+)  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 
 

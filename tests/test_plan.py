@@ -136,6 +136,11 @@ GROUP = {"kind": "group", "block_list": "blocks", "start": 0, "stop": 4, "cells"
         (units({**STEP, "gains": [1.0, 0, 0, 0, 0, 0]}), "after its first refresh"),
         (units({**GROUP, "gains": [0, 1.0, 0, 0, 0, 0]}), "only in the step unit"),
         (units({**GROUP, "cells": "##0###", "gains": [0, 0, 1, 0, 0, 0]}), "plain reuse"),
+        (
+            units({**STEP, "cells": "##1###", "gains": [0, 0, 1e308, 0, 0, 0]})
+            | {"sigmas": [1.0, 0.99, 0.6, 0.4, 0.3, 0.2, 0.0]},
+            "cells\\[2\\] has gain 1e.308 and a rise of 39: their product",
+        ),
         (units({**GROUP, "stop": 9}), "not in model.block_lists"),
         (units({**GROUP, "stop": 0}), "are none"),
         (units(GROUP, {**GROUP, "start": 3, "stop": 8}), "overlaps"),

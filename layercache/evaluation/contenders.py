@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch
-from layercache.compile import Options, pareto
+from layercache.compile import pareto
 from layercache.errors import BudgetError
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import LayerCache, Method, Uncached
@@ -18,6 +18,7 @@ from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform
 from layercache.evaluation.peers.meancache import candidate_schedules
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.evaluation.trajectories import Trajectories
+from layercache.options import Options
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats
 

@@ -43,6 +43,18 @@ class BlockList:
     wrapped: bool = False
 
     def __post_init__(self) -> None:
+        for field in ("streams", "outputs"):
+            names = getattr(self, field)
+            if isinstance(names, str):
+                raise UnsupportedModelError(
+                    f"block list {self.name!r} declares {field} {names!r}, a string: write "
+                    f"({names!r},)"
+                )
+            object.__setattr__(self, field, tuple(names))
+            if len(set(names)) < len(names):
+                raise UnsupportedModelError(
+                    f"block list {self.name!r} declares {field} {names}: name each stream once"
+                )
         if self.wrapped and len(self.outputs) != 1:
             raise UnsupportedModelError(
                 f"block list {self.name!r} declares wrapped=True and outputs {self.outputs}: only "
@@ -71,6 +83,16 @@ class Adapter:
 
     class_name: str
     block_lists: tuple[BlockList, ...]
+
+    def __post_init__(self) -> None:
+        lists: Any = self.block_lists
+        lists = tuple(lists) if isinstance(lists, (list, tuple)) else (lists,)
+        if not lists or not all(isinstance(block_list, BlockList) for block_list in lists):
+            raise UnsupportedModelError(
+                f"the adapter of {self.class_name} declares block_lists {self.block_lists!r}: give "
+                "a tuple of at least one BlockList"
+            )
+        object.__setattr__(self, "block_lists", lists)
 
     def block_list(self, name: str) -> BlockList:
         """The declaration of the list `name`. Raises `UnsupportedModelError` if there is none."""

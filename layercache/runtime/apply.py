@@ -64,10 +64,12 @@ def apply_plan(
             f"{type(pipe).__name__} has no module {component!r}: pass component= with the name of "
             "the pipeline's transformer"
         )
-    if getattr(getattr(pipe, "scheduler", None), "sigmas", None) is None:
+    scheduler = getattr(pipe, "scheduler", None)
+    # A list of sigmas could not be compared with the plan's.
+    if not hasattr(getattr(scheduler, "sigmas", None), "tolist") or not hasattr(scheduler, "step"):
         raise UnsupportedModelError(
-            f"the scheduler of {type(pipe).__name__} has no sigmas: LayerCache runs flow-matching "
-            "schedulers, such as FlowMatchEulerDiscreteScheduler"
+            f"the scheduler of {type(pipe).__name__} has no sigmas (one tensor) or no step: "
+            "LayerCache runs flow-matching schedulers, such as FlowMatchEulerDiscreteScheduler"
         )
     if gate_of(transformer) is not None:
         raise LayerCacheError(

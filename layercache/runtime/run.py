@@ -121,6 +121,11 @@ class PlanRun:
         return bool(self._undo)
 
     def __enter__(self) -> Self:
+        if not self.active:
+            raise LayerCacheError(
+                "this plan was taken off the pipeline, which would run in full: call apply_plan "
+                "again for another with block"
+            )
         return self
 
     def __exit__(

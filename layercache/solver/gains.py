@@ -171,11 +171,14 @@ def fit_gains(
     zeros: FloatArray = np.zeros(len(system.place))
     if mode in ("none", "unit") or not system.place:
         gains: FloatArray = np.ones_like(zeros) if mode == "unit" else zeros
-        return _finish(stats, schedules, system, gains, mode, None, None, "gains are fixed")
+        note = "gains are fixed" if mode in ("none", "unit") else "no cell predicts"
+        return _finish(stats, schedules, system, gains, mode, None, None, note)
     cell_loo = system.leave_one_out(None)
     own = functools.partial(_finish, stats, schedules, system, system.fit(None), "cell", None)
     if mode == "cell":
         return own(cell_loo, "each cell's own")
+    if not cell_loo.any():
+        return own(cell_loo, "per-cell gains: they leave no error")
     if stats.num_prompts < 2:
         note = "per-cell gains: trajectory gains need two prompts or more to be checked"
         return own(cell_loo, note)
@@ -212,9 +215,19 @@ def predicted_psnr(stats: CalibrationStats, error: FloatArray) -> FloatArray:
 
 
 def mean_log10(error: FloatArray) -> float:
-    """Mean log10 of squared errors: up to constants, the mean PSNR."""
-    with np.errstate(divide="ignore"):
-        return float(np.log10(error).mean())
+    """Mean log10 of squared errors: up to constants, the mean PSNR.
+
+    Each error counts as at least 1e-12 of the largest, or one prompt without any would decide
+    alone. Minus infinity if none has any.
+
+    Example:
+        >>> round(mean_log10(np.array([1e-2, 1e-4])), 6)
+        -3.0
+    """
+    largest = float(error.max())
+    if largest <= 0:
+        return -np.inf
+    return float(np.log10(np.maximum(error, 1e-12 * largest)).mean())
 
 
 def _finish(

@@ -40,8 +40,28 @@ def solve(problem: ScheduleProblem) -> ScheduleSolution:
     """Solve greedily; see the module's text.
 
     Raises:
-        BudgetError: The moves ran out before the budget or the memory limit was met.
+        BudgetError: The moves ran out before the budget was met within the memory limit; the
+            message gives a budget that greedy can meet.
     """
+    try:
+        return _within_bytes(problem)
+    except InfeasibleBudgetError as error:
+        smallest = error.smallest_ms
+    # With a memory limit even the cost at which the moves ran out may be out of reach.
+    while True:
+        try:
+            _within_bytes(problem.with_budget(smallest))
+            break
+        except InfeasibleBudgetError as error:
+            smallest = error.smallest_ms
+    raise InfeasibleBudgetError(
+        f"greedy ran out of moves at {smallest!r} ms, above budget_ms={problem.budget_ms!r}: "
+        'raise the budget, or use solver="dp"',
+        smallest,
+    )
+
+
+def _within_bytes(problem: ScheduleProblem) -> ScheduleSolution:
     # Depth -1 marks a unit that must never be cached.
     depths = [problem.history] * len(problem.units)
     while True:
@@ -146,11 +166,7 @@ def _solve(problem: ScheduleProblem, depths: list[int]) -> ScheduleSolution:
     heapq.heapify(queue)
     while cost > problem.budget_limit:
         if not queue:
-            raise InfeasibleBudgetError(
-                f"greedy ran out of moves at {cost!r} ms, above budget_ms={problem.budget_ms!r}: "
-                'raise the budget, or use solver="dp"',
-                cost,
-            )
+            raise InfeasibleBudgetError("greedy ran out of moves", cost)
         _, step, index = heapq.heappop(queue)
         if not runs[index][step]:
             continue

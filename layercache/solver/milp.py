@@ -33,7 +33,7 @@ from layercache.solver.problem import FloatArray, IntArray, ScheduleProblem, bud
 from layercache.solver.solution import ScheduleSolution, build_solution
 
 TIME_LIMIT_S = 120.0
-_INFEASIBLE, _TIME_LIMIT = 2, 1
+_OPTIMAL, _TIME_LIMIT, _INFEASIBLE = 0, 1, 2
 # HiGHS keeps constraints to 1e-6, and its bound is only as sharp as that.
 _GAP = 1e-6
 
@@ -79,13 +79,15 @@ def solve(problem: ScheduleProblem, time_limit_s: float = TIME_LIMIT_S) -> Sched
             `"time_limit"` and a true lower bound.
 
     Raises:
-        BudgetError: No schedule fits (proven).
+        BudgetError: No schedule fits (proven); the message gives the smallest feasible budget, or
+            the smallest that was found in `time_limit_s`.
         SolverTimeout: The time ran out before any schedule was found.
     """
     model, refresh, predicted = _transcribe(problem)
     result = _run(model, time_limit_s)
     if result.status == _INFEASIBLE:
-        raise budget_error(problem, _least_cost(problem, time_limit_s))
+        least, proven = _least_cost(problem, time_limit_s)
+        raise budget_error(problem, least, proven=proven)
     if result.x is None:
         raise SolverTimeout(
             f"HiGHS found no schedule within {time_limit_s:g} s ({result.message}); raise "
@@ -129,8 +131,11 @@ def _run(model: _Model, time_limit_s: float) -> OptimizeResult:
     )
 
 
-def _least_cost(problem: ScheduleProblem, time_limit_s: float) -> float:
-    """Smallest cost of any schedule, infinite if there is none."""
+def _least_cost(problem: ScheduleProblem, time_limit_s: float) -> tuple[float, bool]:
+    """Smallest cost of any schedule that was found, and whether there is proven to be no smaller.
+
+    Full compute is always feasible, so that something is found even if the time runs out at once.
+    """
     model, refresh, _ = _transcribe(problem, budget=False)
     model.price = [0.0] * len(model.price)
     for unit, columns in zip(problem.units, refresh, strict=True):
@@ -138,8 +143,9 @@ def _least_cost(problem: ScheduleProblem, time_limit_s: float) -> float:
             model.price[column] = unit.refresh_ms
     result = _run(model, time_limit_s)
     if result.x is None:
-        return float("inf")
-    return problem.fixed_ms + float(result.fun) / model.scale
+        full = problem.num_steps * sum(unit.refresh_ms for unit in problem.units)
+        return problem.fixed_ms + full, False
+    return problem.fixed_ms + float(result.fun) / model.scale, result.status == _OPTIMAL
 
 
 def _transcribe(

@@ -116,17 +116,15 @@ def _delta_gram(stats: CalibrationStats, group: int) -> FloatArray:
 def _velocity_gram(stats: CalibrationStats, lags: int) -> FloatArray:
     """(P, T, M, M) inner products of v_{t-lag} - v_t, lag = 1..M; 0 where t - lag < 0."""
     velocities = np.asarray(stats.velocities, dtype=np.float64)
-    gram = velocities @ velocities.swapaxes(1, 2)
-    steps = stats.num_steps
-    lags = min(lags, max(steps - 1, 1))
-    t = np.arange(steps)
-    source = t[:, None] - 1 - np.arange(lags)
-    valid = source >= 0
-    source = np.where(valid, source, t[:, None])
-    here, a, b = t[:, None, None], source[:, :, None], source[:, None, :]
-    # Invalid sources stand for v_t itself, whose difference to v_t is exactly 0.
-    result: FloatArray = gram[:, a, b] - gram[:, a, here] - gram[:, here, b] + gram[:, here, here]
-    return result
+    lags = min(lags, max(stats.num_steps - 1, 1))
+    gram: FloatArray = np.zeros((stats.num_prompts, stats.num_steps, lags, lags))
+    for step in range(1, stats.num_steps):
+        # Differences first, products then: along straight trajectories the other order would leave
+        # little but rounding.
+        back = velocities[:, max(step - lags, 0) : step][:, ::-1] - velocities[:, step, None]
+        count = back.shape[1]
+        gram[:, step, :count, :count] = back @ back.swapaxes(1, 2)
+    return gram
 
 
 def _price(stats: CalibrationStats, gram: FloatArray, mode: str) -> tuple[FloatArray, FloatArray]:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -48,6 +49,23 @@ BUDGET_RTOL = 1e-9
 
 class ProblemError(LayerCacheError, ValueError):
     """A schedule problem is malformed."""
+
+
+def whole(name: str, value: Any) -> int:
+    """`value` as a Python int: numpy integers and floats without a fraction are fine.
+
+    Raises:
+        ProblemError: It is not a whole number.
+
+    Example:
+        >>> whole("max_cache_bytes", 1e9)
+        1000000000
+    """
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) and float(value).is_integer():
+        return int(float(value))
+    raise ProblemError(f"{name} is {value!r}; it must be a whole number")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,7 +175,11 @@ class ScheduleProblem:
     def __post_init__(self) -> None:
         sigmas = np.asarray(self.sigmas, dtype=np.float64)
         object.__setattr__(self, "sigmas", sigmas)
-        object.__setattr__(self, "forced", frozenset(self.forced))
+        forced = frozenset(whole("a forced step", step) for step in self.forced)
+        object.__setattr__(self, "forced", forced)
+        for name in ("history", "max_gap", "max_cache_bytes"):
+            if (value := getattr(self, name)) is not None or name == "history":
+                object.__setattr__(self, name, whole(name, value))
         if sigmas.ndim != 1 or len(sigmas) < 2 or not np.isfinite(sigmas).all():
             raise ProblemError(f"sigmas has shape {sigmas.shape}; it needs T+1 >= 2 finite values")
         if not (np.diff(sigmas) < 0).all():
@@ -248,10 +270,22 @@ class ScheduleProblem:
 
     @cached_property
     def prices(self) -> tuple[FloatArray, ...]:
-        """One (T, L, J+1) table a unit, with power, `max_gap` and forced steps worked in."""
+        """One (T, L, J+1) table a unit, with power, `max_gap` and forced steps worked in.
+
+        Raises:
+            ProblemError: The power takes a price out of the range of floating-point numbers.
+        """
         tables = []
         for unit in self.units:
-            table = unit.errors**self.power
+            with np.errstate(over="ignore"):
+                table = unit.errors**self.power
+            lost = (unit.errors > 0) & (table < np.finfo(np.float64).tiny)
+            lost |= np.isfinite(unit.errors) & np.isinf(table)
+            if lost.any():
+                raise ProblemError(
+                    f"power is {self.power}, and {unit.name}'s price of {unit.errors[lost][0]:g} "
+                    "raised to it is no floating-point number: bring the power nearer to 1"
+                )
             if self.max_gap is not None:
                 table[:, self.max_gap :] = np.inf
             table[[0, *sorted(self.forced)]] = np.inf
@@ -267,11 +301,17 @@ class ScheduleProblem:
 
 
 class InfeasibleBudgetError(BudgetError):
-    """No schedule fits a budget. `smallest_ms` is the smallest budget that one fits."""
+    """No schedule fits a budget.
 
-    def __init__(self, message: str, smallest_ms: float) -> None:
+    Attributes:
+        smallest_ms: The smallest budget that one fits, as far as the solver knows.
+        proven: Whether it is known that none fits a smaller one.
+    """
+
+    def __init__(self, message: str, smallest_ms: float, *, proven: bool = False) -> None:
         super().__init__(message)
         self.smallest_ms = smallest_ms
+        self.proven = proven
 
 
 def budget_error(
@@ -286,6 +326,7 @@ def budget_error(
             f"no schedule at all is feasible{within}: too many forced or impossible cells; raise "
             "max_cache_bytes or max_gap",
             smallest_ms,
+            proven=proven,
         )
     smallest = "smallest feasible budget" if proven else "smallest budget found to be feasible"
     return InfeasibleBudgetError(
@@ -293,4 +334,5 @@ def budget_error(
         f"{smallest_ms!r} ms; raise the budget to it, or allow longer gaps (more lags at "
         "calibration, a larger max_gap)",
         smallest_ms,
+        proven=proven,
     )

@@ -41,8 +41,8 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
         sigmas: (T'+1,) noise levels, strictly falling, the last one 0.
 
     Raises:
-        StatsError: The new sigmas are malformed, reach more than a step beyond the measured ones,
-            or lie much closer together.
+        StatsError: The new sigmas are malformed, reach more than a step beyond the measured ones
+            at either end, or lie much closer together.
 
     Example:
         >>> resample(stats, np.linspace(1, 0, 31)).num_steps  # doctest: +SKIP
@@ -69,6 +69,11 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
             f"step {step} of the new schedule (sigma {new[step]:.4g} to {new[step + 1]:.4g}) is "
             f"{finest[step]:.2f} of the calibrated step there; below {FINEST} interpolation hides "
             "what caching would cost: calibrate with more steps"
+        )
+    if share[-1] > 2 + _SLACK:
+        raise StatsError(
+            f"the last step of the new schedule starts at sigma {new[-2]:g}, more than a step "
+            f"below the last calibrated one, {old[-2]:g}: calibrate with a schedule that goes there"
         )
     velocities = _mix(stats.velocities[:, low], stats.velocities[:, low + 1], share[:, None])
     lags = _usable_lags(low, share, stats.max_lag)

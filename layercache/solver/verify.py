@@ -25,6 +25,8 @@ from layercache.errors import LayerCacheError
 from layercache.stats import CalibrationStats, FloatArray
 
 _COST_RTOL = 1e-9
+_ROUNDING = 1e-12
+"""Of the sum of what is added up, before anything cancels."""
 
 
 class VerificationError(LayerCacheError):
@@ -62,13 +64,26 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Verification:
-    """What was recomputed, and every rule that is broken (none if the plan is sound)."""
+    """What was recomputed, and every rule that is broken (none if the plan is sound).
+
+    Attributes:
+        broken: The broken rules, in words.
+        cost_ms: Milliseconds of the transformer.
+        objective: Sum of the prices of all cached cells.
+        objective_rounding: What double precision may move the objective by: a prediction that is
+            almost perfect is a small difference of large numbers.
+        cache_bytes: Peak of bytes held between steps.
+        error: (P,) predicted mean squared error of the final latent.
+        error_rounding: (P,) what double precision may move it by.
+    """
 
     broken: tuple[str, ...]
     cost_ms: float
     objective: float
+    objective_rounding: float
     cache_bytes: int
     error: FloatArray
+    error_rounding: FloatArray
 
     def require(self) -> Verification:
         """Itself, if no rule is broken.
@@ -103,21 +118,26 @@ def verify(stats: CalibrationStats, rows: Sequence[Row], rules: Rules) -> Verifi
     held = _peak_bytes(stats, rows)
     if rules.max_cache_bytes is not None and held > rules.max_cache_bytes:
         broken.append(f"it holds {held} bytes, more than max_cache_bytes={rules.max_cache_bytes}")
-    objective, error = np.nan, np.full(stats.num_prompts, np.nan)
+    objective = apart = np.nan
+    error = error_apart = np.full(stats.num_prompts, np.nan)
     if not broken:
-        objective = sum(
+        prices = [
             _price(stats, row, step, rules)
             for row in rows
             for step in range(stats.num_steps)
             if row.anchor[step] >= 0
-        )
-        error = _final_error(stats, rows)
+        ]
+        objective = sum(price for price, _ in prices)
+        apart = sum(price for _, price in prices)
+        error, error_apart = _final_error(stats, rows)
     return Verification(
         broken=tuple(broken),
         cost_ms=cost,
         objective=float(objective),
+        objective_rounding=float(_ROUNDING * max(rules.power, 1.0) * apart),
         cache_bytes=held,
         error=error,
+        error_rounding=_ROUNDING * error_apart,
     )
 
 
@@ -236,12 +256,15 @@ def _delta(stats: CalibrationStats, row: Row, prompt: int, step: int, source: in
     return measured.astype(np.float64)
 
 
-def _price(stats: CalibrationStats, row: Row, step: int, rules: Rules) -> float:
-    """Price of one cached cell under the pricing rule's own gain, not the row's."""
+def _price(stats: CalibrationStats, row: Row, step: int, rules: Rules) -> tuple[float, float]:
+    """Price of one cached cell under the pricing rule's own gain, not the row's.
+
+    The second number is what it would be if reuse and prediction did not cancel.
+    """
     anchor, base = row.anchor[step], row.base[step]
     sigma = stats.sigmas.astype(np.float64)
     reuse = [_delta(stats, row, p, step, anchor) for p in range(stats.num_prompts)]
-    squares = [float(x @ x) for x in reuse]
+    squares = apart = [float(x @ x) for x in reuse]
     if base >= 0:
         rise = (sigma[step] - sigma[anchor]) / (sigma[anchor] - sigma[base])
         moves = [rise * (x - _delta(stats, row, p, step, base)) for p, x in enumerate(reuse)]
@@ -257,9 +280,16 @@ def _price(stats: CalibrationStats, row: Row, step: int, rules: Rules) -> float:
         squares = [
             float((x + gain * y) @ (x + gain * y)) for x, y in zip(reuse, moves, strict=True)
         ]
-    mean = sum(squares) / len(squares) / stats.numel
+        apart = [
+            float((abs(x) + abs(gain * y)) @ (abs(x) + abs(gain * y)))
+            for x, y in zip(reuse, moves, strict=True)
+        ]
     move = (sigma[step + 1] - sigma[step]) * _growth(stats)[step]
-    return float((move**2 * mean) ** rules.power)
+    price, most = (
+        float((move**2 * sum(values) / len(values) / stats.numel) ** rules.power)
+        for values in (squares, apart)
+    )
+    return price, most
 
 
 def _growth(stats: CalibrationStats) -> list[float]:
@@ -271,24 +301,32 @@ def _growth(stats: CalibrationStats) -> list[float]:
     return found[::-1]
 
 
-def _final_error(stats: CalibrationStats, rows: Sequence[Row]) -> FloatArray:
-    """(P,) predicted mean squared error of the final latent, cell by cell."""
+def _final_error(stats: CalibrationStats, rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
+    """(P,) predicted mean squared error of the final latent, cell by cell.
+
+    The second array is what it would be if nothing cancelled.
+    """
     sigma = stats.sigmas.astype(np.float64)
-    result = np.zeros(stats.num_prompts)
+    growth = [*_growth(stats), 0.0]
+    result, apart = np.zeros(stats.num_prompts), np.zeros(stats.num_prompts)
     for prompt in range(stats.num_prompts):
         total: FloatArray = np.zeros(stats.velocities.shape[2])
-        growth = [*_growth(stats), 0.0]
+        most: FloatArray = np.zeros_like(total)
         for step in range(stats.num_steps):
+            move = sigma[step + 1] - sigma[step]
             for row in rows:
                 anchor, base, weight = row.anchor[step], row.base[step], row.weight[step]
                 moved: FloatArray = np.zeros_like(total)
+                change: FloatArray = np.zeros_like(total)
                 if anchor >= 0:
                     moved = _delta(stats, row, prompt, step, anchor)
                     if base >= 0:
-                        moved = moved + weight * (moved - _delta(stats, row, prompt, step, base))
+                        change = weight * (moved - _delta(stats, row, prompt, step, base))
                 elif row.refresh[step] and base >= 0:
-                    moved = -weight * _delta(stats, row, prompt, step, base)
-                total += (sigma[step + 1] - sigma[step]) * moved
+                    change = -weight * _delta(stats, row, prompt, step, base)
+                total += move * (moved + change)
+                most += abs(move) * (abs(moved) + abs(change))
             grown = growth[step] ** 2 - growth[step + 1] ** 2
             result[prompt] += grown * float(total @ total) / stats.numel
-    return result
+            apart[prompt] += grown * float(most @ most) / stats.numel
+    return result, apart

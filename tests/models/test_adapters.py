@@ -95,6 +95,21 @@ def test_streams_and_outputs_must_agree() -> None:
         BlockList("blocks", streams=(), outputs=())
 
 
+def test_slips_in_a_declaration_are_caught() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"a string: write \('image',\)"):
+        BlockList("blocks", streams="image", outputs=("image",))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match="name each stream once"):
+        BlockList("blocks", streams=("image", "image"), outputs=("image",))
+    with pytest.raises(UnsupportedModelError, match="at least one BlockList"):
+        Adapter("Nothing", ())
+    with pytest.raises(UnsupportedModelError, match="at least one BlockList"):
+        Adapter("Name", ("blocks",))  # type: ignore[arg-type]
+    # Lists and a bare BlockList mean what they say.
+    listed = BlockList("blocks", streams=["image"], outputs=["image"])  # type: ignore[arg-type]
+    assert listed == ONE and hash(listed) == hash(ONE)
+    assert Adapter("One", ONE).block_lists == (ONE,)  # type: ignore[arg-type]
+
+
 def test_an_unknown_model_is_told_what_is_known_and_what_to_do() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         adapter_for(nn.Linear(1, 1))

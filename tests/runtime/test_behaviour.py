@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,25 @@ def test_misuse_is_explained(
     arguments: dict[str, Any] = {"plan": make_plan(pipe, STEPS, MIXED)} | change
     with pytest.raises(error, match=words):
         apply_plan(pipe, **arguments)
+
+
+@pytest.mark.parametrize("change", [{"sigmas": [1.0, 0.0]}, {"step": None}])
+def test_a_scheduler_that_cannot_be_followed_is_refused(change: dict[str, Any]) -> None:
+    pipe = pipeline()
+    plan = make_plan(pipe, STEPS, MIXED)
+    parts = {"sigmas": torch.tensor([1.0, 0.0]), "step": print} | change
+    scheduler = SimpleNamespace(**{k: v for k, v in parts.items() if v is not None})
+    with pytest.raises(UnsupportedModelError, match=r"no sigmas \(one tensor\) or no step"):
+        apply_plan(SimpleNamespace(transformer=pipe.transformer, scheduler=scheduler), plan)
+
+
+def test_a_plan_that_was_taken_off_cannot_be_entered_again() -> None:
+    """A second `with` would look like a run under the plan and compute everything."""
+    pipe = pipeline()
+    with apply_plan(pipe, make_plan(pipe, STEPS, MIXED)) as run:
+        pass
+    with pytest.raises(LayerCacheError, match="call apply_plan again"), run:
+        pass
 
 
 def test_another_setting_gives_one_warning() -> None:

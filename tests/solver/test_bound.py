@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from layercache.solver import SOLVERS, dp, milp
+from layercache.solver import SOLVERS, InfeasibleBudgetError, dp, milp
 from layercache.solver.bound import Paths, joint_bound
 from tests.solver import oracle
 from tests.solver.strategies import full_cost, random_problem
@@ -54,6 +54,21 @@ def test_milp_without_time_says_so() -> None:
     problem = random_problem(2, steps=14, groups=6, lags=8, spans=8, share=0.5)
     with pytest.raises(milp.SolverTimeout, match=r"found no schedule within 0 s"):
         milp.solve(problem, time_limit_s=0.0)
+
+
+def test_milp_without_time_for_the_smallest_budget_names_one_that_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Full compute is feasible, so that "no schedule at all" would be false."""
+    problem = random_problem(0, steps=8, groups=3).with_budget(1.0)
+    with pytest.raises(InfeasibleBudgetError, match="the smallest feasible budget is") as proven:
+        milp.solve(problem)
+    runs, run = iter([60.0, 0.0]), milp._run
+    monkeypatch.setattr(milp, "_run", lambda model, _: run(model, next(runs)))
+    with pytest.raises(InfeasibleBudgetError, match="smallest budget found to be") as found:
+        milp.solve(problem)
+    assert found.value.smallest_ms >= proven.value.smallest_ms
+    assert proven.value.proven and not found.value.proven
 
 
 def test_milp_proves_what_it_calls_optimal() -> None:

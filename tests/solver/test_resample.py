@@ -78,3 +78,12 @@ def test_schedules_that_cannot_be_interpolated_are_refused(
 ) -> None:
     with pytest.raises(StatsError, match=message):
         resample(linear_stats(), np.array(sigmas))
+
+
+def test_a_schedule_that_ends_far_below_the_measured_one_is_refused() -> None:
+    """Interpolation there would carry the slope of the last two steps several steps on."""
+    measured = replace(random_stats(0, steps=4), sigmas=np.array([1.0, 0.9, 0.8, 0.7, 0.0]))
+    near = resample(measured, np.array([1.0, 0.9, 0.8, 0.6, 0.0]))
+    assert np.isfinite(near.velocities).all()
+    with pytest.raises(StatsError, match=r"starts at sigma 0\.2, more than a step below"):
+        resample(measured, np.array([1.0, 0.9, 0.8, 0.2, 0.0]))

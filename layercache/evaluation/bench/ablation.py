@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from layercache.compile import Options
 from layercache.evaluation.bench.field import Entrant, plans
 from layercache.evaluation.bench.inputs import GROUPS, PUBLISHED_GROUPS, Inputs
 from layercache.evaluation.bench.scenario import BenchSize, Scenario
@@ -23,6 +22,7 @@ from layercache.evaluation.bench.store import Store, fingerprint
 from layercache.evaluation.bench.tuning import Validation
 from layercache.evaluation.contenders import PUBLISHED
 from layercache.evaluation.methods import LayerCache
+from layercache.options import Options
 from layercache.stats import CalibrationStats, write_atomically
 
 SHARES = (0.73, 0.5, 0.33)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from layercache.compile import Options, compile_plan, pareto
+from layercache.compile import compile_plan, pareto
 from layercache.errors import BudgetError, LayerCacheError
 from layercache.evaluation.bench.inputs import PUBLISHED_GROUPS, Inputs
 from layercache.evaluation.contenders import PUBLISHED
@@ -40,6 +40,7 @@ from layercache.evaluation.peers.meancache import candidate_schedules
 from layercache.evaluation.peers.nodes import NodeSearch
 from layercache.evaluation.peers.seacache import SeaCache
 from layercache.evaluation.peers.uniform import uniform_steps
+from layercache.options import Options
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats
 
