@@ -7,8 +7,6 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a plan or statistics belong t
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,20 @@ from layercache.cli_options import (
     FOLDER,
     PATH,
     Commands,
-    GateFailed,
     expand_folders,
     json_option,
     load_pipe,
+    log,
     parse_budget,
     parse_shard,
     parse_size,
     pipe_options,
+    print_json,
+    progress,
     read_prompts,
     remove_parts,
 )
+from layercache.cli_running import bench, evaluate, refine
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats, merge_all
 
@@ -40,6 +41,10 @@ def main() -> None:
     """Calibrate a flow-matching model once, compile a caching plan for any budget, and run it."""
 
 
+for _command in (refine, evaluate, bench):
+    main.add_command(_command)
+
+
 @main.command()
 @click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder to write.")
 @click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights.")
@@ -48,13 +53,13 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
     """Do the whole job on the shipped reference model, and compare it with other methods."""
     from layercache.evaluation.demo import run_demo
 
-    result = run_demo(out, weights=weights, log=_log, progress=_progress())
+    result = run_demo(out, weights=weights, log=log, progress=progress())
     if as_json:
-        _print_json(result.comparison.to_dict() | {"files": [str(f) for f in result.files]})
+        print_json(result.comparison.to_dict() | {"files": [str(f) for f in result.files]})
         return
     click.echo(result.comparison.table())
     click.echo(f"\nwrote {', '.join(file.name for file in result.files)} to {out}/")
-    _log(f"took {result.seconds:.0f} s; open {out / 'report.html'}")
+    log(f"took {result.seconds:.0f} s; open {out / 'report.html'}")
 
 
 @main.command()
@@ -137,8 +142,8 @@ def calibrate(
         shard=shard,
         parts=folder,
         call_kwargs=arguments,
-        progress=_progress(),
-        log=_log if main_process else lambda text: None,
+        progress=progress(),
+        log=log if main_process else lambda text: None,
     )
     if not main_process:
         return
@@ -215,10 +220,10 @@ def compile_command(
     )
     plan.save(out)
     if as_json:
-        _print_json({"file": str(out), "plan": plan.to_dict()})
+        print_json({"file": str(out), "plan": plan.to_dict()})
     else:
         click.echo(plan.summary())
-        _log(f"wrote {out}")
+        log(f"wrote {out}")
 
 
 @main.command()
@@ -233,7 +238,7 @@ def inspect(file: Path, as_json: bool) -> None:
         return
     plan = Plan.load(file)
     if as_json:
-        _print_json({"file": str(file), "plan": plan.to_dict()})
+        print_json({"file": str(file), "plan": plan.to_dict()})
     else:
         click.echo(plan.summary())
 
@@ -265,165 +270,19 @@ def check(
         arguments = {"num_inference_steps": plan.num_steps} | arguments
         warnings = plan.check(model_fingerprint(pipe.transformer), setting_of(pipe, arguments))
     if as_json:
-        _print_json({"fits": True, "warnings": warnings})
+        print_json({"fits": True, "warnings": warnings})
         return
     click.echo(f"{plan_file} fits {plan.model.class_name}")
     for warning in warnings:
         click.echo(f"warning: {warning}")
 
 
-@main.command("eval")
-@click.argument("plan_file", type=PATH)
-@pipe_options
-@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
-@click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
-@click.option("--seed", default=2, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--min-psnr", type=float, help="Exit with 4 if the mean PSNR in dB is lower.")
-@click.option("--min-speedup", type=float, help="Exit with 4 if the measured speedup is lower.")
-@click.option("--out", type=FOLDER, help="Also write pictures, results.json and report.html there.")
-@json_option
-def evaluate(
-    plan_file: Path,
-    pipe_name: str,
-    weights: Path | None,
-    device: str | None,
-    dtype: str,
-    call_kwargs: dict[str, Any],
-    prompt_file: Path | None,
-    count: int | None,
-    seed: int,
-    batch_size: int,
-    repeats: int,
-    min_psnr: float | None,
-    min_speedup: float | None,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """Measure a plan's speed and fidelity beside two controls: uniform skipping, fewer steps."""
-    from layercache.evaluation.evaluate import evaluate_plan
-
-    plan = Plan.load(plan_file)
-    prompts = read_prompts(prompt_file, pipe_name, "held-out", count or 16, limit=count)
-    pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
-    comparison = evaluate_plan(
-        pipe,
-        plan,
-        prompts,
-        call_kwargs=arguments,
-        seed=seed,
-        batch_size=batch_size,
-        repeats=repeats,
-        out=out,
-        progress=_progress(),
-    )
-    row = comparison.rows[0]
-    failures = [
-        f"{label} is {value:.2f}{unit}, below the gate of {gate:.2f}{unit}"
-        for label, value, gate, unit in (
-            ("mean PSNR", row.psnr_mean, min_psnr, " dB"),
-            ("measured speedup", row.speedup_measured, min_speedup, "x"),
-        )
-        if gate is not None and value < gate
-    ]
-    if as_json:
-        _print_json(comparison.to_dict() | {"gate_failures": failures})
-    else:
-        click.echo(comparison.table())
-    if failures:
-        raise GateFailed("; ".join(failures))
-
-
-@main.command()
-@click.option(
-    "--scenario",
-    type=click.Choice(["main", "second", "both"]),
-    default="both",
-    show_default=True,
-    help="50 steps with guidance, 28 steps without, or one after the other.",
-)
-@click.option("--quick", is_flag=True, help="Few prompts and settings; a few minutes.")
-@click.option("--methods", help="Only these methods, with commas between; the default is all.")
-@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option(
-    "--clock",
-    type=click.Choice(["wall", "cpu"]),
-    default="wall",
-    show_default=True,
-    help="Read times from processor time on a machine that others use as well.",
-)
-@click.option("--lpips", type=FOLDER, help="Folder with LPIPS weights (never downloaded).")
-@click.option("--results", type=FOLDER, help="Folder for RESULTS.md and results.json.")
-@click.option("--ablation", is_flag=True, help="Compare LayerCache's own parts instead.")
-@click.option(
-    "--out",
-    type=FOLDER,
-    default=Path("out/bench"),
-    show_default=True,
-    help="Everything is kept here; a stopped bench goes on from it.",
-)
-@click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights.")
-@json_option
-def bench(
-    scenario: str,
-    quick: bool,
-    methods: str | None,
-    rounds: int,
-    clock: Any,
-    lpips: Path | None,
-    results: Path | None,
-    ablation: bool,
-    out: Path,
-    weights: Path | None,
-    as_json: bool,
-) -> None:
-    """Compare LayerCache with every rival at equal measured speed, on the reference model."""
-    from dataclasses import replace
-
-    from layercache.evaluation.bench.run import run_bench
-    from layercache.evaluation.bench.scenario import MAIN, QUICK, SCENARIOS, BenchSize
-
-    size = replace(QUICK if quick else BenchSize(), rounds=rounds)
-    chosen = [MAIN] if quick and scenario == "both" else None
-    chosen = chosen or [s for name, s in SCENARIOS.items() if scenario in (name, "both")]
-    if ablation:
-        from layercache.evaluation.bench.ablation import run_ablation
-
-        table = run_ablation(out, chosen[0], size, weights=weights, results=results, log=_log)
-        if as_json:
-            _print_json(table.to_dict())
-        else:
-            click.echo(table.text())
-        return
-    found = run_bench(
-        out,
-        chosen,
-        size,
-        methods=methods.split(",") if methods else None,
-        weights=weights,
-        lpips=lpips,
-        results=results,
-        clock=clock,
-        log=_log,
-        progress=_progress(),
-    )
-    if as_json:
-        _print_json(found.to_dict() | {"files": [str(file) for file in found.files]})
-        return
-    from layercache.evaluation.bench.tables import table as table_of
-
-    for result in found.results:
-        click.echo(f"{result.scenario.title}\n{table_of(result)}\n")
-    _log(f"took {found.seconds:.0f} s; open {out / 'report.html'}")
-
-
 def _print_stats(stats: CalibrationStats, as_json: bool, file: Path) -> None:
     if not as_json:
         click.echo(stats.summary())
-        _log(f"file: {file}")
+        log(f"file: {file}")
         return
-    _print_json(
+    print_json(
         {
             "file": str(file),
             "mode": stats.mode,
@@ -438,16 +297,3 @@ def _print_stats(stats: CalibrationStats, as_json: bool, file: Path) -> None:
             "setting": stats.setting,
         }
     )
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, allow_nan=False))
-
-
-def _log(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _progress() -> bool:
-    """Progress bars are for people who watch, not for log files."""
-    return sys.stderr.isatty()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,18 @@ def read_prompts(
     if not chosen:
         raise click.UsageError(f"{file} has no prompts; write one a line")
     return chosen
+
+
+def print_json(value: Any) -> None:
+    """Results for programs, on stdout."""
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def log(text: str) -> None:
+    """What is not a result goes to stderr."""
+    click.echo(text, err=True)
+
+
+def progress() -> bool:
+    """Progress bars are for people who watch, not for log files."""
+    return sys.stderr.isatty()

@@ -14,7 +14,8 @@ into the plan's own cells: b_1 into the correction of step a, every deeper one i
 skipped step. There are at most as many coefficients as the plan has history, or as the stretch has
 cells.
 
-Cost: 1 generation in full and 3 under the plan, of all prompts. The plan's figures are computed
+Cost: 1 generation in full and 3 under the plan, of all prompts; one more under the plan for each
+level of history that a memory limit forbids. The plan's figures are computed
 again from the statistics and verified; whether refining helped is measured on the same prompts, and
 if it did not, the compiled plan comes back.
 
@@ -102,12 +103,18 @@ def refine_plan(
     (batch,) = work
     with torch.no_grad():
         truth, reference = _uncached(pipe, batch, plan)
-        before = _psnr(pipe, batch, plan, reference)
-        loop = _ClosedLoop(plan, unit, history, truth)
-        with tapped_step(pipe.scheduler, loop.on_step), apply_plan(pipe, _plain(plan)):
-            run_pipeline(pipe, batch)
-        refined = restate(stats, plan, _with_step(plan, loop.row()))
-        after = _psnr(pipe, batch, refined, reference)
+        before = after = _psnr(pipe, batch, plan, reference)
+        refined = plan
+        for depth in range(history, 0, -1):
+            loop = _ClosedLoop(plan, unit, depth, truth)
+            with tapped_step(pipe.scheduler, loop.on_step), apply_plan(pipe, _plain(plan)):
+                run_pipeline(pipe, batch)
+            units = _with_step(plan, loop.row())
+            # Deeper bases live longer; where bytes are limited, shallower ones have to do.
+            if _fits(stats, plan, units):
+                refined = restate(stats, plan, units)
+                after = _psnr(pipe, batch, refined, reference)
+                break
     better = after > before
     log(
         f"refined on {len(prompts)} prompts: {before:.2f} dB before, {after:.2f} dB after"
@@ -295,6 +302,14 @@ def _plain(plan: Plan) -> Plan:
 
 def _with_step(plan: Plan, row: UnitPlan) -> tuple[UnitPlan, ...]:
     return tuple(row if unit.kind == "step" else unit for unit in plan.units)
+
+
+def _fits(stats: CalibrationStats, plan: Plan, units: tuple[UnitPlan, ...]) -> bool:
+    limit = plan.provenance.get("max_cache_bytes")
+    sizes = {group.name: size for group, size in zip(stats.groups, stats.group_bytes, strict=True)}
+    changed = plan.model_copy(update={"units": units})
+    held = changed.cache_bytes(sizes, stats.velocity_bytes, stats.output_bytes)
+    return limit is None or held <= limit
 
 
 def _flat(tensor: Tensor) -> Array:

@@ -32,16 +32,17 @@ ALLOWED: dict[str, set[str]] = {
         "runtime", "reference", "refine",
     },
     "cli_options": {"errors", "plan", "reference"},
+    "cli_running": {"stats", "plan", "evaluation", "refine", "cli_options"},
     "cli": {
-        "errors", "stats", "plan", "solver", "compile", "models", "calibration", "runtime",
-        "reference", "evaluation", "cli_options", "refine",
+        "errors", "stats", "plan", "compile", "models", "calibration", "evaluation", "cli_options",
+        "cli_running",
     },
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "stats", "plan", "solver", "options", "figures", "compile", "cli", "cli_options",
-    "__init__",
+    "errors", "stats", "plan", "solver", "options", "figures", "compile", "cli", "cli_running",
+    "cli_options", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

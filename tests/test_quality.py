@@ -19,6 +19,7 @@ from layercache.evaluation.metrics import fidelity
 from layercache.evaluation.peers import FewerSteps
 from layercache.plan import Plan
 from layercache.reference import call_arguments, load_pipeline, prompts
+from layercache.refine import refine_plan
 from layercache.runtime import apply_plan
 
 STEPS = 20
@@ -73,6 +74,15 @@ def test_the_plan_beats_fewer_steps_at_equal_compute(pipe: Any, plan: Plan) -> N
 
 def test_fitted_gains_beat_plain_reuse(pipe: Any, stats: CalibrationStats, plan: Plan) -> None:
     assert psnr(pipe, plan) > psnr(pipe, compile_plan(stats, 0.6, gains="none")) + 3
+
+
+def test_refining_helps_at_few_steps(pipe: Any, stats: CalibrationStats) -> None:
+    plan = compile_plan(stats, 0.3, units=("step",))
+    chosen = prompts("calibration", 4)
+    refined = refine_plan(pipe, plan, stats, chosen, call_kwargs=arguments())
+    note = refined.provenance["refined"]
+    assert note["psnr_db_after"] > note["psnr_db_before"]
+    assert psnr(pipe, refined) > psnr(pipe, plan)
 
 
 def test_predicted_quality_is_of_the_right_size(pipe: Any, plan: Plan) -> None:

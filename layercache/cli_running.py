@@ -1,0 +1,216 @@
+"""Commands that run a model under plans: `refine`, `eval` and `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from layercache.cli_options import (
+    FOLDER,
+    PATH,
+    GateFailed,
+    json_option,
+    load_pipe,
+    log,
+    pipe_options,
+    print_json,
+    progress,
+    read_prompts,
+)
+from layercache.plan import Plan
+from layercache.stats import CalibrationStats
+
+
+@click.command()
+@click.argument("plan_file", type=PATH)
+@click.option(
+    "--stats", "stats_file", type=PATH, required=True, help="What the plan was compiled from."
+)
+@pipe_options
+@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
+@click.option("--count", type=click.IntRange(min=2), help="Use only the first prompts.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=PATH, default=Path("plan.json"), show_default=True)
+@json_option
+def refine(
+    plan_file: Path,
+    stats_file: Path,
+    pipe_name: str,
+    weights: Path | None,
+    device: str | None,
+    dtype: str,
+    call_kwargs: dict[str, Any],
+    prompt_file: Path | None,
+    count: int | None,
+    seed: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Fit a plan's gains again while it runs; pays at a third of the compute and below."""
+    from layercache.refine import refine_plan
+
+    prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
+    pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
+    plan = refine_plan(
+        pipe,
+        Plan.load(plan_file),
+        CalibrationStats.load(stats_file),
+        prompts,
+        seed=seed,
+        call_kwargs=arguments,
+        log=log,
+    )
+    plan.save(out)
+    if as_json:
+        print_json({"file": str(out), "plan": plan.to_dict()})
+    else:
+        click.echo(plan.summary())
+        log(f"wrote {out}")
+
+
+@click.command("eval")
+@click.argument("plan_file", type=PATH)
+@pipe_options
+@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
+@click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
+@click.option("--seed", default=2, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--min-psnr", type=float, help="Exit with 4 if the mean PSNR in dB is lower.")
+@click.option("--min-speedup", type=float, help="Exit with 4 if the measured speedup is lower.")
+@click.option("--out", type=FOLDER, help="Also write pictures, results.json and report.html there.")
+@json_option
+def evaluate(
+    plan_file: Path,
+    pipe_name: str,
+    weights: Path | None,
+    device: str | None,
+    dtype: str,
+    call_kwargs: dict[str, Any],
+    prompt_file: Path | None,
+    count: int | None,
+    seed: int,
+    batch_size: int,
+    repeats: int,
+    min_psnr: float | None,
+    min_speedup: float | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure a plan's speed and fidelity beside two controls: uniform skipping, fewer steps."""
+    from layercache.evaluation.evaluate import evaluate_plan
+
+    plan = Plan.load(plan_file)
+    prompts = read_prompts(prompt_file, pipe_name, "held-out", count or 16, limit=count)
+    pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
+    comparison = evaluate_plan(
+        pipe,
+        plan,
+        prompts,
+        call_kwargs=arguments,
+        seed=seed,
+        batch_size=batch_size,
+        repeats=repeats,
+        out=out,
+        progress=progress(),
+    )
+    row = comparison.rows[0]
+    failures = [
+        f"{label} is {value:.2f}{unit}, below the gate of {gate:.2f}{unit}"
+        for label, value, gate, unit in (
+            ("mean PSNR", row.psnr_mean, min_psnr, " dB"),
+            ("measured speedup", row.speedup_measured, min_speedup, "x"),
+        )
+        if gate is not None and value < gate
+    ]
+    if as_json:
+        print_json(comparison.to_dict() | {"gate_failures": failures})
+    else:
+        click.echo(comparison.table())
+    if failures:
+        raise GateFailed("; ".join(failures))
+
+
+@click.command()
+@click.option(
+    "--scenario",
+    type=click.Choice(["main", "second", "both"]),
+    default="both",
+    show_default=True,
+    help="50 steps with guidance, 28 steps without, or one after the other.",
+)
+@click.option("--quick", is_flag=True, help="Few prompts and settings; a few minutes.")
+@click.option("--methods", help="Only these methods, with commas between; the default is all.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="Read times from processor time on a machine that others use as well.",
+)
+@click.option("--lpips", type=FOLDER, help="Folder with LPIPS weights (never downloaded).")
+@click.option("--results", type=FOLDER, help="Folder for RESULTS.md and results.json.")
+@click.option("--ablation", is_flag=True, help="Compare LayerCache's own parts instead.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    default=Path("out/bench"),
+    show_default=True,
+    help="Everything is kept here; a stopped bench goes on from it.",
+)
+@click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights.")
+@json_option
+def bench(
+    scenario: str,
+    quick: bool,
+    methods: str | None,
+    rounds: int,
+    clock: Any,
+    lpips: Path | None,
+    results: Path | None,
+    ablation: bool,
+    out: Path,
+    weights: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare LayerCache with every rival at equal measured speed, on the reference model."""
+    from dataclasses import replace
+
+    from layercache.evaluation.bench.run import run_bench
+    from layercache.evaluation.bench.scenario import MAIN, QUICK, SCENARIOS, BenchSize
+
+    size = replace(QUICK if quick else BenchSize(), rounds=rounds)
+    chosen = [MAIN] if quick and scenario == "both" else None
+    chosen = chosen or [s for name, s in SCENARIOS.items() if scenario in (name, "both")]
+    if ablation:
+        from layercache.evaluation.bench.ablation import run_ablation
+
+        table = run_ablation(out, chosen[0], size, weights=weights, results=results, log=log)
+        if as_json:
+            print_json(table.to_dict())
+        else:
+            click.echo(table.text())
+        return
+    found = run_bench(
+        out,
+        chosen,
+        size,
+        methods=methods.split(",") if methods else None,
+        weights=weights,
+        lpips=lpips,
+        results=results,
+        clock=clock,
+        log=log,
+        progress=progress(),
+    )
+    if as_json:
+        print_json(found.to_dict() | {"files": [str(file) for file in found.files]})
+        return
+    from layercache.evaluation.bench.tables import table as table_of
+
+    for result in found.results:
+        click.echo(f"{result.scenario.title}\n{table_of(result)}\n")
+    log(f"took {found.seconds:.0f} s; open {out / 'report.html'}")

@@ -1,0 +1,151 @@
+"""Closed-loop refinement of a plan's gains. Oracle of the cells: the loop's own mean velocities."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from layercache import CalibrationStats, LayerCacheError, Plan, StatsError, compile_plan
+from layercache.calibration import calibrate
+from layercache.refine import _ClosedLoop, refine_plan
+from tests.tiny import tiny_arguments, tiny_pipeline
+
+PROMPTS = ["a large red ring", "a small blue square", "a green circle"]
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def stats() -> CalibrationStats:
+    return calibrate(
+        tiny_pipeline(),
+        PROMPTS,
+        num_inference_steps=STEPS,
+        groups=2,
+        lags=4,
+        batch_size=3,
+        call_kwargs=tiny_arguments(),
+        progress=False,
+    )
+
+
+def refine(stats: CalibrationStats, plan: Plan, **changes: Any) -> Plan:
+    arguments: dict[str, Any] = {"prompts": PROMPTS, "call_kwargs": tiny_arguments()} | changes
+    return refine_plan(tiny_pipeline(), plan, stats, **arguments)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+@pytest.mark.parametrize("units", [("step",), ("step", "groups")])
+def test_a_refined_plan_keeps_its_schedule_and_is_no_worse(
+    stats: CalibrationStats, share: float, units: tuple[str, ...]
+) -> None:
+    plan = compile_plan(stats, share, units=units)
+    refined = refine(stats, plan)
+    assert refined.run_steps == plan.run_steps
+    assert refined.groups == plan.groups
+    assert refined.predicted.compute_share == pytest.approx(plan.predicted.compute_share)
+    note = refined.provenance["refined"]
+    assert note["prompts"] == 3
+    assert note["kept"] == (note["psnr_db_after"] > note["psnr_db_before"])
+    assert (refined.units != plan.units) == note["kept"]
+    assert Plan.from_dict(refined.to_dict()) == refined
+
+
+@pytest.fixture
+def always_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every refinement seems to help; on a random model many do not."""
+    values = itertools.count(1.0)
+    monkeypatch.setattr("layercache.refine._psnr", lambda *_: next(values))
+
+
+@pytest.mark.parametrize("history", [1, 2, 3])
+@pytest.mark.parametrize("share", [0.35, 0.5, 0.8])
+def test_the_cells_give_the_mean_velocities_of_the_loop(
+    stats: CalibrationStats, history: int, share: float
+) -> None:
+    plan = compile_plan(stats, share, units=("step",), history=history)
+    unit, sigmas = plan.step_unit, np.array(plan.sigmas)
+    assert unit is not None
+    rng = np.random.default_rng(0)
+    velocities = torch.tensor(rng.standard_normal((STEPS, 3, 8)))
+    truth = {step: rng.standard_normal((3, 8)) for step in range(STEPS + 1)}
+    loop = _ClosedLoop(plan, unit, history, truth)
+    sample, used = torch.zeros(3, 8, dtype=torch.float64), []
+    for step in range(STEPS):
+        used.append(loop.on_step(step, velocities[step], sample))
+        sample = sample + (sigmas[step + 1] - sigmas[step]) * used[-1]
+    row = loop.row()
+    schedule = row.schedule(plan.sigmas)
+    computed = [*np.flatnonzero(schedule.refresh).tolist(), STEPS]
+    for start, stop in itertools.pairwise(computed):
+        moved, wanted = torch.zeros(3, 8, dtype=torch.float64), torch.zeros(3, 8)
+        for step in range(start, stop):
+            source = step if schedule.refresh[step] else schedule.anchor[step]
+            value, weight = velocities[source], schedule.weight[step]
+            if weight:
+                value = value + weight * (value - velocities[schedule.base[step]])
+            moved = moved + (sigmas[step + 1] - sigmas[step]) * value
+            wanted = wanted + (sigmas[step + 1] - sigmas[step]) * used[step]
+        torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_runs_before_the_first_skipped_step_is_untouched(
+    stats: CalibrationStats, always_kept: None
+) -> None:
+    refined = refine(stats, compile_plan(stats, 0.6, units=("step",), forced=(1, 2, 3)))
+    unit = refined.step_unit
+    assert unit is not None and unit.gains is not None
+    assert unit.cells.startswith("####")
+    assert not any(unit.gains[:3])
+
+
+def test_a_fit_that_does_harm_is_not_kept(
+    stats: CalibrationStats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layercache.refine.fit_row", lambda basis, target, prior: prior + 3.0)
+    plan = compile_plan(stats, 0.5, units=("step",))
+    lines: list[str] = []
+    refined = refine(stats, plan, log=lines.append)
+    assert refined.units == plan.units
+    assert refined.provenance["refined"]["kept"] is False
+    assert lines[0].endswith("the compiled plan is kept")
+
+
+def test_figures_are_those_of_the_new_rows(stats: CalibrationStats, always_kept: None) -> None:
+    plan = compile_plan(stats, 0.4, units=("step",))
+    refined = refine(stats, plan)
+    assert refined.provenance["refined"]["kept"]
+    assert refined.certificate.objective >= plan.certificate.lower_bound
+    assert refined.predicted.psnr_db != plan.predicted.psnr_db
+    held = refined.cache_bytes({}, stats.velocity_bytes, stats.output_bytes)
+    assert refined.predicted.cache_bytes == held
+
+
+@pytest.mark.parametrize("options", [{"units": ("groups",)}, {"gains": "none"}])
+def test_a_plan_without_predicted_steps_is_refused(
+    stats: CalibrationStats, options: dict[str, Any]
+) -> None:
+    plan = compile_plan(stats, 0.7, **options)
+    with pytest.raises(LayerCacheError, match="this plan has nothing to refine: it needs"):
+        refine(stats, plan)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], [{"prompt": p} for p in PROMPTS]])
+def test_prompts_must_make_one_call(stats: CalibrationStats, prompts: list[Any]) -> None:
+    plan = compile_plan(stats, 0.5, units=("step",))
+    with pytest.raises(StatsError, match=r"prompts make \d pipeline calls; refining needs two"):
+        refine(stats, plan, prompts=prompts)
+
+
+def test_a_memory_limit_of_the_plan_is_kept(stats: CalibrationStats, always_kept: None) -> None:
+    plan = compile_plan(stats, 0.4, units=("step",), history=1)
+    limit = plan.predicted.cache_bytes
+    # The same plan, allowed deeper bases than it has the memory for.
+    asked = plan.provenance | {"max_cache_bytes": limit, "history": 3}
+    limited = plan.model_copy(update={"provenance": asked})
+    assert refine(stats, limited).predicted.cache_bytes <= limit
+    free = plan.model_copy(update={"provenance": plan.provenance | {"history": 3}})
+    assert refine(stats, free).predicted.cache_bytes > limit
