@@ -449,6 +449,12 @@ def test_layercache_runs_as_a_user_compiles_it(inputs: Inputs) -> None:
     for entrant in FIELD["layercache"].build(inputs):
         assert isinstance(entrant.method, LayerCache)
         assert entrant.method.plan.provenance["units"] == ["step", "groups"]
+    compiled = FIELD["layercache"].build(inputs)
+    refined = FIELD["layercache-refined"].build(inputs)
+    for before, after in zip(compiled, refined, strict=True):
+        assert isinstance(before.method, LayerCache) and isinstance(after.method, LayerCache)
+        assert before.method.plan.run_steps == after.method.plan.run_steps
+    assert any("refined" in e.method.plan.provenance for e in refined)  # type: ignore[attr-defined]
     for entrant in FIELD["layercache-published"].build(inputs):
         assert isinstance(entrant.method, LayerCache)
         plan = entrant.method.plan

@@ -6,6 +6,7 @@ entrants run on validation prompts, and the best of them go on (`tuning`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import numpy as np
 from layercache.compile import compile_plan, pareto
 from layercache.errors import BudgetError, LayerCacheError
 from layercache.evaluation.bench.inputs import PUBLISHED_GROUPS, Inputs
+from layercache.evaluation.bench.scenario import SEEDS
 from layercache.evaluation.contenders import PUBLISHED
 from layercache.evaluation.methods import LayerCache, Method
 from layercache.evaluation.peers import (
@@ -41,7 +43,9 @@ from layercache.evaluation.peers.nodes import NodeSearch
 from layercache.evaluation.peers.seacache import SeaCache
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.options import Options
-from layercache.plan import Budget, Plan
+from layercache.plan import REFRESH, Budget, Plan
+from layercache.reference import prompts
+from layercache.refine import refine_plan
 from layercache.stats import CalibrationStats
 
 
@@ -107,6 +111,33 @@ def _layercache(inputs: Inputs) -> list[Entrant]:
         # Through the public entry point, with no option: what a user gets.
         found[count] = compile_plan(stats, Budget(fraction=count / stats.num_steps))
     return plan_entrants("layercache", found)
+
+
+def _refined(inputs: Inputs) -> list[Entrant]:
+    """The plans of `_layercache`, each refined on the calibration prompts where that can help."""
+    entrants = []
+    for entrant in _layercache(inputs):
+        assert isinstance(entrant.method, LayerCache)
+        plan = entrant.method.plan
+        unit = plan.step_unit
+        if unit is not None and set(unit.cells) != {REFRESH}:
+            refine = functools.partial(_refine, inputs, plan)
+            plan = Plan.from_dict(inputs.store.kept("refined plan", [plan], refine))
+        method = LayerCache(plan, name="layercache-refined")
+        entrants.append(Entrant(method.name, entrant.label, method))
+    return entrants
+
+
+def _refine(inputs: Inputs, plan: Plan) -> dict[str, Any]:
+    return refine_plan(
+        inputs.pipe,
+        plan,
+        inputs.stats(),
+        prompts("calibration", inputs.size.calibration),
+        seed=SEEDS["calibration"],
+        call_kwargs=inputs.scenario.arguments(),
+        log=inputs.log,
+    ).to_dict()
 
 
 def _published(inputs: Inputs) -> list[Entrant]:
@@ -339,6 +370,7 @@ FIELD: dict[str, Family] = {
     family.name: family
     for family in (
         Family("layercache", _layercache, "this package, its default"),
+        Family("layercache-refined", _refined, "this package, `refine_plan`"),
         Family("layercache-published", _published, "arXiv 2604.16492"),
         Family("non-stationary", _non_stationary, "arXiv 2403.01329", tuned=True),
         Family("meancache", _mean_cache, "arXiv 2601.19961", tuned=True),
