@@ -48,7 +48,7 @@ def refine(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Fit a plan's gains again while it runs; pays at a third of the compute and below."""
+    """Fit a plan's gains again while it runs; pays at 2x and above."""
     from layercache.refine import refine_plan
 
     prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
