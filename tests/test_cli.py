@@ -74,7 +74,8 @@ def plan_file(stats_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_help_names_every_command() -> None:
     text = succeeded("--help").stdout
-    for name in ("demo", "calibrate", "merge", "compile", "inspect", "check", "eval", "bench"):
+    commands = "demo calibrate merge compile refine inspect check eval bench"
+    for name in commands.split():
         assert name in text
         assert "--json" in succeeded(name, "--help").stdout
 
@@ -285,6 +286,21 @@ def test_statistics_with_nan_are_refused(stats_file: Path, tmp_path: Path) -> No
     np.savez(broken, **members)
     message = failed(1, "compile", broken, "--budget", "0.5", "--out", tmp_path / "p.json")
     assert "velocities holds NaN or infinity: the calibration run overflowed" in message
+
+
+def test_refine_writes_a_plan_that_tells_what_was_measured(
+    weights: Path, stats_file: Path, tmp_path: Path
+) -> None:
+    compiled, out = tmp_path / "compiled.json", tmp_path / "refined.json"
+    units = ("--units", "step", "--out", compiled)
+    succeeded("compile", stats_file, "--budget", "0.7", *units)
+    model = ("--weights", weights, "--count", 3, "--stats", stats_file)
+    result = succeeded("refine", compiled, *model, "--out", out, "--json")
+    plan = Plan.load(out)
+    assert json.loads(result.stdout)["plan"] == plan.to_dict()
+    assert plan.run_steps == Plan.load(compiled).run_steps
+    assert plan.provenance["refined"]["prompts"] == 3
+    assert "refined on 3 prompts" in result.stderr
 
 
 def test_check_accepts_the_model_and_its_statistics(
