@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class Contenders:
         validation: Prompts, none of them held out, on which MeanCache's schedule is chosen.
         screened: How many of MeanCache's schedules run on the validation prompts, the most
             promising ones first, besides one that only reuses; None runs all.
+        log: Receives a line where a method has no plan for a budget.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class Contenders:
         trajectories: Trajectories,
         validation: Sequence[Batch],
         screened: int | None = None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.pipe, self.stats, self.trajectories = pipe, stats, trajectories
-        self.validation, self.screened = validation, screened
+        self.validation, self.screened, self.log = validation, screened, log
         self._references: list[Tensor] | None = None
 
     def build(self, target: float, plan: Plan) -> list[Method]:
@@ -70,11 +72,19 @@ class Contenders:
         speed = self._speedup(budget)
         return [
             LayerCache(plan),
-            LayerCache(published_plan(self.stats, target), name="layercache-published"),
+            *self._published(target),
             replace(self.mean_cache(budget), predicted_speedup=speed),
             Uniform(uniform_steps(steps, budget), predicted_speedup=speed),
             FewerSteps(budget, steps, predicted_speedup=steps / budget),
         ]
+
+    def _published(self, target: float) -> list[Method]:
+        """The published LayerCache, which caches groups only and so cannot reach every budget."""
+        try:
+            return [LayerCache(published_plan(self.stats, target), name="layercache-published")]
+        except BudgetError as error:
+            self.log(f"layercache-published is left out at {target:g}x: {error}")
+            return []
 
     def mean_cache(self, budget: int) -> MeanCache:
         """The schedule of MeanCache with the highest mean PSNR on the validation prompts."""

@@ -120,6 +120,7 @@ def run_demo(
         collect_trajectories(pipe, work("calibration", size.calibration)),
         work("validation", size.validation),
         screened=size.screened,
+        log=log,
     )
     methods = {target: contenders.build(target, plan) for target, plan in plans.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch, batches
 from layercache.errors import ModelMismatchError
+from layercache.evaluation.contenders import Contenders
 from layercache.evaluation.latency import run_once, time_interleaved
 from layercache.evaluation.methods import Uncached
 from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform, mean_cache_schedules
@@ -19,6 +21,7 @@ from layercache.evaluation.peers.meancache import Edge
 from layercache.evaluation.peers.skipping import skip_steps
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.evaluation.trajectories import collect_trajectories
+from tests.solver.strategies import random_stats
 from tests.tiny import tiny_arguments, tiny_pipeline
 
 STEPS = 6
@@ -178,3 +181,14 @@ def test_timing_interleaves_and_keeps_images_in_order() -> None:
     assert [len(t.seconds) for t in timings] == [4, 4]
     assert torch.equal(timings[0].images, torch.cat([run_pipeline(pipe, b) for b in parts]))
     assert timings[1].median_seconds < timings[0].median_seconds
+
+
+def test_the_published_method_is_left_out_where_no_plan_of_groups_fits() -> None:
+    """Blocks that take little of the time: caching all of them does not halve it."""
+    stats = random_stats(0, prompts=2)
+    slow = replace(stats, times_ms=stats.times_ms * np.array([*[0.1] * stats.num_groups, 50, 1]))
+    lines: list[str] = []
+    contenders = Contenders(None, slow, None, [], log=lines.append)  # type: ignore[arg-type]
+    assert contenders._published(2.0) == []
+    assert lines[0].startswith("layercache-published is left out at 2x: a budget of 0.500")
+    assert [m.name for m in contenders._published(1.01)] == ["layercache-published"]
