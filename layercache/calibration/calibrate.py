@@ -111,7 +111,7 @@ def calibrate(
         probes=probes,
         max_memory=max_memory,
     )
-    arguments = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
+    arguments = _arguments(call_kwargs, options)
     work = batches(prompts, seed, batch_size, arguments)
     folder = None if parts is None else Parts(parts)
     processes = Processes(on_cpu=device_of(pipe.transformer).type == "cpu")
@@ -164,11 +164,22 @@ def estimate_calibration(
         probes=probes,
         max_memory=max_memory,
     )
-    arguments = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
+    arguments = _arguments(call_kwargs, options)
     count = auto_count(groups)
     chosen = split_groups(_block_counts(pipe), groups if count is None else count)
     session = Session(pipe, chosen, options, arguments)
     return session.estimate(batches(prompts, seed, batch_size, arguments))
+
+
+def _arguments(call_kwargs: Mapping[str, Any] | None, options: Options) -> dict[str, Any]:
+    steps = options.num_inference_steps
+    asked = (call_kwargs or {}).get("num_inference_steps", steps)
+    if asked != steps:
+        raise StatsError(
+            f"num_inference_steps={steps}, and call_kwargs asks for {asked} steps: leave it out "
+            "of call_kwargs"
+        )
+    return {**(call_kwargs or {}), "num_inference_steps": steps}
 
 
 def _block_counts(pipe: Any) -> dict[str, int]:
@@ -225,7 +236,12 @@ def _chosen_groups(
         return split_groups(_block_counts(pipe), groups)
     chosen: tuple[Group, ...] | None = None
     if is_main_process():
-        kept = None if parts is None else parts.found_groups(count)
+        kept = None
+        if parts is not None:
+            equal = split_groups(_block_counts(pipe), count)
+            known = Session(pipe, equal, options, arguments).identity
+            same = {name: known[name] for name in known.keys() - {"groups", "sketch_size"}}
+            kept = parts.found_groups(count, same)
         if kept is None:
             chosen = find_groups(pipe, prompts, count, options, arguments, log)
         else:

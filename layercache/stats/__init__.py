@@ -252,6 +252,8 @@ class CalibrationStats:
             f"lags {self.max_lag}, sketch {self.velocities.shape[2]}",
             f"  a step: {full:.2f} ms in the transformer, {self.overhead_ms:.2f} ms outside it",
         ]
+        if self.num_steps < 2:
+            return "\n".join(lines)
         for index, group in enumerate(self.groups):
             norm = float(np.sqrt((self.deltas[:, 1:, index, 0] ** 2).sum(-1)).mean())
             speed = float(np.sqrt((self.velocities[:, 1:] ** 2).sum(-1)).mean())
