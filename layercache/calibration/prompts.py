@@ -27,7 +27,7 @@ class Batch:
     arguments: dict[str, Any]
 
     def extent(self) -> tuple[int, int]:
-        """What grows with the memory that the batch needs: its prompts and the longest text."""
+        """What the memory that the batch needs grows with: its prompts, and its longest text."""
         text = self.arguments.get("prompt")
         texts = [text] if isinstance(text, str) else text or [""]
         embeds = self.arguments.get("prompt_embeds")

@@ -111,23 +111,31 @@ class Session:
     def estimate(self, work: Sequence[Batch]) -> CalibrationEstimate:
         """What measuring these batches will take; the decisions of `measure` follow from it."""
         largest = max(work, key=Batch.extent)
+        longest = max(work, key=lambda batch: batch.extent()[::-1])
+        found = self._estimate_like(largest, work)
+        if longest is not largest:
+            # A last batch of few prompts may need more than full ones with shorter texts.
+            found = found.covering(self._estimate_like(longest, work))
+        self._estimate = found
+        return found
+
+    def _estimate_like(self, batch: Batch, work: Sequence[Batch]) -> CalibrationEstimate:
         replayable = self._attach(offload=False)
         try:
             with torch.no_grad():
-                self._estimate = estimate_run(
+                return estimate_run(
                     self.pipe,
-                    largest,
+                    batch,
                     replayable,
                     self.jobs,
                     batches=len(work),
-                    prompts=sum(len(batch.ids) for batch in work),
+                    prompts=sum(len(each.ids) for each in work),
                     sketch_size=self.options.sketch_size,
                     probes=self.options.perturbed_runs,
                     max_memory=self.options.max_memory,
                 )
         finally:
             replayable.remove()
-        return self._estimate
 
     def measure(self, batch: Batch, tick: Tick) -> CalibrationStats:
         """Statistics of one batch, within the memory that `estimate` planned."""
