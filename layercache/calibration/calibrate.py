@@ -63,7 +63,8 @@ def calibrate(
         groups: How many groups of blocks, or the groups, or None for one a block; or text: a
             number, `"blocks"`, ranges such as `"0:4,4:28,28:32"`, or `"auto"` or `"auto:N"` for
             groups of neighbouring blocks with similar deltas, found on the first two prompts.
-        lags: M, the longest lag measured. Time grows by G M / 2 forwards a step at most.
+        lags: M, the longest lag measured. Time grows by about G M / 2 forwards a step, less where
+            groups are few.
         seed: With the prompt, it seeds the starting noise; it seeds the sketches too.
         batch_size: Prompts a pipeline call (strings only).
         sketch_size: S; the relative error of an inner product is about sqrt(2 / S).
@@ -77,7 +78,8 @@ def calibrate(
         shard: (i, n) measures only the i-th of n parts of the prompts, for job arrays.
         parts: A folder that gets one file a prompt as soon as it is measured. Prompts whose files
             are there already are not measured again.
-        call_kwargs: More pipeline arguments, such as guidance and resolution, as served.
+        call_kwargs: More pipeline arguments, such as guidance and resolution, as served. Noise
+            follows from `seed` and prompt, so a `generator` among them is not used.
         progress: Show a progress bar on stderr.
         log: Gets the estimate of time and memory before the run starts.
 

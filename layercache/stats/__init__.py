@@ -80,9 +80,9 @@ class CalibrationStats:
         branches: Transformer calls a step (2 for sequential classifier-free guidance).
         velocities: (P, T, S) float32, sketches of the guided output of each step.
         deltas: (P, T, G, M, S) float32, sketches of D; zero where t - lag < 0.
-        times_ms: (P, G+2) float64, milliseconds a step of each group (all branches), then of what
-            a computed step spends outside the groups, then of what every step spends outside the
-            transformer.
+        times_ms: (P, G+2) float64, milliseconds a step of each group (all branches, the whole
+            batch that the prompt was measured in), then of what a computed step spends outside the
+            groups, then of what every step spends outside the transformer.
         image_gain: (P,) mean squared pixel change (images in [0, 1]) per mean squared change of the
             final latent.
         amplification: (P, T) how many times longer an error that is made at step t is once it has
@@ -97,7 +97,8 @@ class CalibrationStats:
         model: Hard fingerprint: transformer class, block lists, architecture hash.
         setting: Soft fingerprint: scheduler, guidance, resolution, dtype and so on.
         mode: `"replay"` if velocity deltas were measured, `"residual"` if residuals stand in.
-        probes: Perturbed runs that `amplification` was measured with; 0 if it was not.
+        probes: Perturbed runs asked for to measure `amplification`, fewer in runs of a few steps;
+            0 if it was not measured.
 
     Example:
         >>> stats = CalibrationStats.load("stats.npz")  # doctest: +SKIP
