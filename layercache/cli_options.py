@@ -84,7 +84,7 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) ->
     """Option callback: bytes, with or without a unit."""
     if value is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", value.strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) ?([A-Za-z]*)", value.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise click.BadParameter(f"{value!r} is no size such as 12GB or 500MiB", ctx, param)
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -198,7 +198,12 @@ def read_prompts(
         from layercache.reference import prompts
 
         return prompts(split, default_count)
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        # Editors of Windows begin a file with a byte order mark.
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{file} is no UTF-8 text ({error}); save it as UTF-8") from error
+    lines = [line.strip() for line in text.splitlines()]
     chosen = [line for line in lines if line][:limit]
     if not chosen:
         raise click.UsageError(f"{file} has no prompts; write one a line")

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from layercache.cli import main
+from layercache.cli_options import read_prompts
 from layercache.plan import Plan
 from layercache.reference.text import WordEncoder
 from layercache.stats import CalibrationStats
@@ -192,6 +193,15 @@ def test_calibrate_with_an_unknown_word_says_which(weights: Path, tmp_path: Path
     file.write_text("a red cirkle\n")
     message = failed(1, "calibrate", "--weights", weights, "--prompts", file, "--steps", 2)
     assert "does not know the word 'cirkle'" in message and "'circle'" in message
+
+
+def test_prompts_in_another_encoding_are_refused(weights: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("ein roter Kreis für mich".encode("latin-1"))
+    result = run("calibrate", "--weights", weights, "--prompts", file)
+    assert result.exit_code == 2 and "is no UTF-8 text" in result.stderr
+    file.write_bytes(b"\xef\xbb\xbfa red circle\r\n\r\n")
+    assert read_prompts(file, "reference", "calibration", 8, limit=None) == ["a red circle"]
 
 
 def test_another_model_needs_prompts() -> None:

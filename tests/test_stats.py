@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import re
+import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercache.errors import ModelMismatchError, StatsError
-from layercache.stats import CalibrationStats, Group, merge_all
+from layercache.stats import CalibrationStats, Group, difference, merge_all
 
 
 def make_stats(ids: tuple[str, ...] = ("a", "b"), seed: int = 0, **changes: Any) -> Any:
@@ -132,6 +134,25 @@ def nan(members: Any, meta: Any) -> None:
         (lambda m, meta: meta.update(surprise=1), "unknown metadata.*surprise"),
         (lambda m, meta: meta.pop("numel"), "metadata is malformed"),
         (lambda m, meta: meta.update(numel="many"), "metadata is malformed"),
+        (lambda m, meta: meta.update(numel="12"), r"numel is \['12'\]; each must be int"),
+        (lambda m, meta: meta.update(numel=12.7), "each must be int"),
+        (lambda m, meta: meta.update(numel=True), "each must be int"),
+        (lambda m, meta: meta.update(numel=float("inf")), "Infinity is no JSON number"),
+        (lambda m, meta: meta.update(setting={"x": float("nan")}), "NaN is no JSON number"),
+        (lambda m, meta: meta.update(group_bytes="12"), "group_bytes is 12"),
+        (lambda m, meta: meta.update(group_bytes=[-1, 2]), "bytes cannot be negative"),
+        (lambda m, meta: meta.update(velocity_bytes=-5), "velocity_bytes is -5"),
+        (lambda m, meta: meta.update(prompt_ids="ab"), "each must be str"),
+        (lambda m, meta: meta.update(prompt_ids=[1, 2]), "each must be str"),
+        (lambda m, meta: meta.update(model={}), "metadata is malformed.*class_name"),
+        (lambda m, meta: meta["model"].update(class_name=3), "model is .*each must be str"),
+        (lambda m, meta: meta["model"].update(block_lists=["a"]), "metadata is malformed"),
+        (lambda m, meta: meta["model"].update(block_lists={"a": "b"}), "each must be int"),
+        (lambda m, meta: meta["groups"][0].update(start=0.5), "metadata is malformed"),
+        (lambda m, meta: meta["groups"][0].update(block_list=7), "metadata is malformed"),
+        (lambda m, meta: meta["groups"][1].update(start=1), r"blocks\[1:4\] overlaps or precedes"),
+        (lambda m, meta: m.update(deltas=np.zeros((2, 5, 2, 0, 8))), "lags=0"),
+        (lambda m, meta: m.update(times_ms=np.zeros((2, 4))), "times_ms is 0 throughout"),
         (lambda m, meta: meta.update(mode="guess"), "mode is 'guess'"),
         (lambda m, meta: meta.update(mode=["replay"]), "mode is"),
         (lambda m, meta: meta.update(probes=-1), "probes -1"),
@@ -176,6 +197,107 @@ def test_a_header_that_promises_more_than_the_file_holds_allocates_nothing(tmp_p
             new.writestr(name, data)
     with pytest.raises(StatsError, match="declares 4398046511104 bytes"):
         CalibrationStats.load(path)
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    """An array file with any text for its header."""
+    text = f"{header:<{-(len(header) + 11) % 64 + len(header)}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def described(descr: str, shape: str, data: bytes = b"") -> bytes:
+    return npy(f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}", data)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        described("<f4", "(-2, -3)", b"0" * 24),
+        described("<f4", f"({'1, ' * 100})", b"0" * 4),
+        described("<U0", "(3,)"),
+        described("|V0", "(3,)"),
+        npy("{[]: 1}"),
+        npy("{'descr': ("),
+        npy("-" * 9000 + "1"),
+        npy("(" * 9000),
+        b"\x93NUM",
+    ],
+)
+def test_headers_that_are_none_are_one_clear_error(tmp_path: Path, member: bytes) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in (members | {"sigmas.npy": member}).items():
+            new.writestr(name, data)
+    with pytest.raises(StatsError, match=r"stats\.npz: .*(sigmas|statistics file)"):
+        CalibrationStats.load(path)
+
+
+def in_directory(path: Path, member: bytes, offset: int, layout: str, *values: int) -> None:
+    """Overwrite fields of a member's entry in the archive's directory."""
+    data = bytearray(path.read_bytes())
+    entry = data.find(member, data.find(b"PK\x01\x02")) - 46
+    struct.pack_into(layout, data, entry + offset, *values)
+    path.write_bytes(bytes(data))
+
+
+def test_a_directory_that_promises_more_than_the_file_holds_allocates_nothing(
+    tmp_path: Path,
+) -> None:
+    path, size = tmp_path / "stats.npz", 3 * 2**30
+    make_stats().save(path)
+    header = described("<f4", f"({size // 4},)")
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in (members | {"deltas.npy": header}).items():
+            new.writestr(name, data)
+    in_directory(path, b"deltas.npy", 20, "<II", len(header) + size, len(header) + size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(StatsError, match="'deltas' declares more bytes than the file has"):
+            CalibrationStats.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_encrypted_members_and_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    in_directory(path, b"sigmas.npy", 8, "<H", 1)
+    with pytest.raises(StatsError, match="encrypted"):
+        CalibrationStats.load(path)
+    make_stats().save(path)
+    in_directory(path, b"sigmas.npy", 8, "<H", 0x800)
+    in_directory(path, b"sigmas.npy", 46, "<B", 0xFF)
+    with pytest.raises(StatsError, match="not a whole statistics file"):
+        CalibrationStats.load(path)
+
+
+@pytest.mark.parametrize("name", ["sigmas", "sigmas.npy"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "stats.npz"
+    make_stats().save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, archive.read("sigmas.npy"))
+    with pytest.raises(StatsError, match="two members of one name"):
+        CalibrationStats.load(path)
+
+
+def test_a_missing_entry_does_not_hide_what_differs_after_it() -> None:
+    assert difference({"a": {"x": None}, "b": 1}, {"a": {}, "b": 2}) == "b differs (1 and 2)"
+
+
+def test_integers_of_numpy_survive_the_disk(tmp_path: Path) -> None:
+    group = Group(block_list="blocks", start=np.int64(0), stop=np.int64(4))
+    whole = {"groups": (group,), "deltas": np.ones((2, 5, 1, 3, 8), np.float32)}
+    stats = make_stats(times_ms=np.ones((2, 3)), group_bytes=(1,), **whole)
+    stats.save(tmp_path / "stats.npz")
+    assert CalibrationStats.load(tmp_path / "stats.npz").groups == (group,)
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def calibrate(
         groups: How many groups of blocks, or the groups, or None for one a block; or text: a
             number, `"blocks"`, ranges such as `"0:4,4:28,28:32"`, or `"auto"` or `"auto:N"` for
             groups of neighbouring blocks with similar deltas, found on the first two prompts.
-        lags: M, the longest lag measured. Time grows by G M / 2 forwards a step at most.
+        lags: M, the longest lag measured. Time grows by about G M / 2 forwards a step, less where
+            groups are few.
         seed: With the prompt, it seeds the starting noise; it seeds the sketches too.
         batch_size: Prompts a pipeline call (strings only).
         sketch_size: S; the relative error of an inner product is about sqrt(2 / S).
@@ -77,7 +78,8 @@ def calibrate(
         shard: (i, n) measures only the i-th of n parts of the prompts, for job arrays.
         parts: A folder that gets one file a prompt as soon as it is measured. Prompts whose files
             are there already are not measured again.
-        call_kwargs: More pipeline arguments, such as guidance and resolution, as served.
+        call_kwargs: More pipeline arguments, such as guidance and resolution, as served. Noise
+            follows from `seed` and prompt, so a `generator` among them is not used.
         progress: Show a progress bar on stderr.
         log: Gets the estimate of time and memory before the run starts.
 
@@ -111,7 +113,7 @@ def calibrate(
         probes=probes,
         max_memory=max_memory,
     )
-    arguments = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
+    arguments = _arguments(call_kwargs, options)
     work = batches(prompts, seed, batch_size, arguments)
     folder = None if parts is None else Parts(parts)
     processes = Processes(on_cpu=device_of(pipe.transformer).type == "cpu")
@@ -164,11 +166,22 @@ def estimate_calibration(
         probes=probes,
         max_memory=max_memory,
     )
-    arguments = {**(call_kwargs or {}), "num_inference_steps": num_inference_steps}
+    arguments = _arguments(call_kwargs, options)
     count = auto_count(groups)
     chosen = split_groups(_block_counts(pipe), groups if count is None else count)
     session = Session(pipe, chosen, options, arguments)
     return session.estimate(batches(prompts, seed, batch_size, arguments))
+
+
+def _arguments(call_kwargs: Mapping[str, Any] | None, options: Options) -> dict[str, Any]:
+    steps = options.num_inference_steps
+    asked = (call_kwargs or {}).get("num_inference_steps", steps)
+    if asked != steps:
+        raise StatsError(
+            f"num_inference_steps={steps}, and call_kwargs asks for {asked} steps: leave it out "
+            "of call_kwargs"
+        )
+    return {**(call_kwargs or {}), "num_inference_steps": steps}
 
 
 def _block_counts(pipe: Any) -> dict[str, int]:
@@ -225,7 +238,12 @@ def _chosen_groups(
         return split_groups(_block_counts(pipe), groups)
     chosen: tuple[Group, ...] | None = None
     if is_main_process():
-        kept = None if parts is None else parts.found_groups(count)
+        kept = None
+        if parts is not None:
+            equal = split_groups(_block_counts(pipe), count)
+            known = Session(pipe, equal, options, arguments).identity
+            same = {name: known[name] for name in known.keys() - {"groups", "sketch_size"}}
+            kept = parts.found_groups(count, same)
         if kept is None:
             chosen = find_groups(pipe, prompts, count, options, arguments, log)
         else:

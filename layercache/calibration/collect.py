@@ -146,7 +146,12 @@ class _Collector:
             self.residuals.add(self.replayable)
 
     def _allocate(self, velocity: Tensor) -> None:
-        jobs, prompts = self.jobs, len(velocity)
+        jobs, prompts = self.jobs, self.prompts
+        if len(velocity) != prompts:
+            raise StatsError(
+                f"the scheduler got {len(velocity)} images for {prompts} prompts: leave "
+                "num_images_per_prompt at 1, and give prompts one by one, not as lists"
+            )
         self.sketch = CountSketch(velocity[0].numel(), self.sketch_size, self.sketch_seed)
         size = self.sketch.size
         self.sketches = np.zeros((prompts, jobs.steps, size), dtype=np.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ class CalibrationEstimate:
         generation_seconds: Transformer time of one full generation of a batch.
         seconds: Time of the whole run.
         peak_bytes: Bound on bytes above the model's on its device; the run keeps below it.
-        host_bytes: Bytes on the CPU besides, at most.
+        host_bytes: Bytes on the CPU besides, at most, for one batch; measured statistics add up to
+            `file_bytes`, and joining and saving them takes a few times that.
         file_bytes: Statistics of all prompts.
         offload: Whether residuals are kept on the CPU.
         lags_together: Most lags that are replayed as one batch.
@@ -68,6 +69,16 @@ class CalibrationEstimate:
     offload: bool
     lags_together: int
     sigmas: tuple[float, ...]
+
+    def covering(self, other: CalibrationEstimate) -> CalibrationEstimate:
+        """The same, with room for what another batch of the run needs."""
+        return replace(
+            self,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            host_bytes=max(self.host_bytes, other.host_bytes),
+            offload=self.offload or other.offload,
+            lags_together=min(self.lags_together, other.lags_together),
+        )
 
     def __str__(self) -> str:
         place = "on the CPU" if self.offload else "on the model's device"
@@ -132,7 +143,8 @@ class _Probe:
         times = self.replayable.times
         times.outside(self.began, times.clock.mark())
         if self.step == self.computed - 1:
-            self._pair()
+            if self.replayable.lags > 1:
+                self._pair()
             self.held_bytes = self.replayable.held_bytes()
         self.velocity = velocity
         self.replayable.end_step()
@@ -288,7 +300,7 @@ def _plan_memory(
             for branch in replayable.branches
         )
         sketching += 5 * elements // prompts + 12 * elements
-    answers = jobs.lags * prompts * numel * 4 * len(replayable.branches)
+    answers = jobs.history * prompts * numel * 4 * len(replayable.branches)
     # A replayed lag needs a forward's memory, its residual, and the streams put in its place.
     alone = probe.pair_bytes / 2 if probe.pairs else probe.forward_bytes
     lag_bytes = _MARGIN * (alone + 3 * widest)

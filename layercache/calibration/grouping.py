@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from layercache.errors import StatsError
 from layercache.stats import Group
 
 Groups = int | str | Sequence[Group] | None
 AUTO_COUNT = 4
-_RANGE = re.compile(r"(\w+)\[(\d+):(\d+)\]|(\d+):(\d+)")
+_NUMBER = re.compile("[0-9]{1,9}")
+_RANGE = re.compile(r"(\w+)\[({0}):({0})\]|({0}):({0})".replace("{0}", _NUMBER.pattern))
 
 
 def auto_count(groups: Groups) -> int | None:
@@ -29,7 +31,7 @@ def auto_count(groups: Groups) -> int | None:
     _, colon, count = groups.partition(":")
     if not colon:
         return AUTO_COUNT
-    if not count.strip().isdigit() or int(count) < 1:
+    if not _NUMBER.fullmatch(count.strip()) or int(count) < 1:
         raise StatsError(f"groups is {groups!r}; write auto:N with a number of at least 1")
     return int(count)
 
@@ -48,7 +50,7 @@ def parse_groups(block_lists: Mapping[str, int], text: str) -> int | tuple[Group
         ['blocks[0:2]', 'blocks[2:8]']
     """
     text = text.strip()
-    if text.isdigit():
+    if _NUMBER.fullmatch(text):
         return int(text)
     if text == "blocks":
         return None
@@ -88,8 +90,11 @@ def split_groups(block_lists: Mapping[str, int], groups: Groups) -> tuple[Group,
         groups = parse_groups(block_lists, groups)
     if groups is None:
         groups = total
-    if not isinstance(groups, int):
+    if not isinstance(groups, Integral):
+        if not isinstance(groups, list | tuple) or any(not isinstance(g, Group) for g in groups):
+            raise StatsError(f"groups is {groups!r}; give a number, text, or a list of Group")
         return _checked(block_lists, tuple(groups))
+    groups = int(groups)
     if not len(block_lists) <= groups <= total:
         raise StatsError(
             f"groups={groups}; this model has {len(block_lists)} block lists with {total} blocks "

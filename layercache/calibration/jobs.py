@@ -66,4 +66,4 @@ class Jobs:
     @property
     def history(self) -> int:
         """How many steps back residuals are needed."""
-        return self.lags if self.mode == "replay" else 1
+        return min(self.lags, max(1, self.steps - 1)) if self.mode == "replay" else 1

@@ -61,22 +61,28 @@ class Parts:
             found.append(stats)
         return found
 
-    def found_groups(self, count: int) -> tuple[Group, ...] | None:
-        """The groups that an `auto` run found before it was killed; None if there is no file.
+    def found_groups(self, count: int, expected: Mapping[str, Any]) -> tuple[Group, ...] | None:
+        """The groups that an `auto` run found before it was killed; None if there is no file of it.
+
+        Args:
+            count: How many groups.
+            expected: What the run under way knows of `CalibrationStats.identity` but its groups.
 
         Raises:
             ModelMismatchError: There are not `count` of them.
         """
-        path = next(iter(sorted(self.folder.glob("*.npz"))), None)
-        if path is None:
-            return None
-        groups = CalibrationStats.load(path).groups
-        if len(groups) != count:
-            raise ModelMismatchError(
-                f"{path} is of another run: the number of groups differs ({count} and "
-                f"{len(groups)}) (this run, then the file); use another folder, or remove it"
-            )
-        return groups
+        for path in sorted(self.folder.glob("*.npz")):
+            stats = CalibrationStats.load(path)
+            if difference(expected, {field: stats.identity[field] for field in expected}):
+                continue
+            if len(stats.groups) != count:
+                raise ModelMismatchError(
+                    f"{path} is of another run: the number of groups differs ({count} and "
+                    f"{len(stats.groups)}) (this run, then the file); use another folder, or "
+                    "remove it"
+                )
+            return stats.groups
+        return None
 
 
 def require_same(name: str, expected: Mapping[str, Any], stats: CalibrationStats) -> None:

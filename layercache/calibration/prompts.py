@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layercache.errors import StatsError
 
 Prompt = str | Mapping[str, Any]
+_DECIDED = frozenset({"generator", "num_inference_steps", "output_type", "return_dict"})
+"""Arguments that calibration sets itself."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Batch:
     arguments: dict[str, Any]
 
     def extent(self) -> tuple[int, int]:
-        """What grows with the memory that the batch needs: its prompts and the longest text."""
+        """What the memory that the batch needs grows with: its prompts, and its longest text."""
         text = self.arguments.get("prompt")
         texts = [text] if isinstance(text, str) else text or [""]
         embeds = self.arguments.get("prompt_embeds")
@@ -37,6 +40,9 @@ def prompt_id(prompt: Prompt, seed: int) -> str:
 
     Position and company do not enter, so that however prompts are split over batches, shards and
     machines, each is measured on the same noise.
+
+    Raises:
+        StatsError: A value in the prompt is none that another process would recognise.
     """
     digest = hashlib.sha256(str(int(seed)).encode())
     _feed(digest, prompt)
@@ -48,6 +54,26 @@ def noise_seed(identity: str) -> int:
     return int(identity[:15], 16)
 
 
+def arguments_digests(call_kwargs: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the pipeline's arguments that a setting does not name, such as a negative prompt.
+
+    Objects such as callbacks have no identity that survives the process, and do not enter.
+
+    Args:
+        call_kwargs: Pipeline arguments of every call.
+        named: The setting.
+    """
+    found = {}
+    for name in sorted(set(call_kwargs) - set(named) - _DECIDED):
+        digest = hashlib.sha256()
+        try:
+            _feed(digest, call_kwargs[name])
+        except StatsError:
+            continue
+        found[name] = digest.hexdigest()[:16]
+    return found
+
+
 def batches(
     prompts: Sequence[Prompt], seed: int, size: int, call_kwargs: Mapping[str, Any]
 ) -> list[Batch]:
@@ -56,10 +82,17 @@ def batches(
     `call_kwargs` go to every call; a `negative_prompt` string among them is repeated for a batch.
 
     Raises:
-        StatsError: There are no prompts, or one stands twice.
+        StatsError: There are no prompts, one is neither a string nor a mapping or stands twice, or
+            one asks for another number of steps.
     """
-    if isinstance(prompts, str) or not len(prompts):
+    listed = hasattr(prompts, "__getitem__") and not isinstance(prompts, str | bytes | Mapping)
+    if not listed or not len(prompts):
         raise StatsError("prompts must be a non-empty sequence of strings or mappings")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | Mapping):
+            raise StatsError(
+                f"prompt {index} is {prompt!r}; give a string or a mapping of pipeline arguments"
+            )
     identities = [prompt_id(prompt, seed) for prompt in prompts]
     if len(set(identities)) != len(identities):
         twice = next(p for i, p in enumerate(prompts) if identities[i] in identities[:i])
@@ -92,6 +125,12 @@ def _batch(
             arguments["negative_prompt"] = [negative] * len(prompts)
     else:
         arguments.update(first)
+        steps = call_kwargs.get("num_inference_steps")
+        if arguments.get("num_inference_steps") != steps:
+            raise StatsError(
+                f"a prompt asks for num_inference_steps={arguments['num_inference_steps']} in a "
+                f"run of {steps} steps: leave it out of the prompt"
+            )
     arguments["generator"] = generators if len(generators) > 1 else generators[0]
     return Batch(identities, arguments)
 
@@ -110,6 +149,15 @@ def _feed(digest: Any, value: Any) -> None:
     elif isinstance(value, Tensor):
         array = value.detach().cpu().float().contiguous().numpy()
         digest.update(f"tensor{array.shape}".encode() + array.tobytes())
+    elif value is None or isinstance(value, bool | int | float | str):
+        digest.update(json.dumps(value).encode())
+    elif hasattr(value, "__array_interface__") and not np.asarray(value).dtype.hasobject:
+        # NumPy's arrays and PIL's images.
+        array = np.ascontiguousarray(value)
+        digest.update(f"array{array.dtype}{array.shape}".encode() + array.tobytes())
     else:
-        digest.update(json.dumps(value, default=repr).encode())
+        raise StatsError(
+            f"a prompt holds a {type(value).__name__}, which another process would not recognise: "
+            "give text, numbers, tensors, arrays or images"
+        )
     digest.update(b";")

@@ -48,7 +48,7 @@ class _Branch:
 
 
 class ReplayableTransformer:
-    """Attach to a transformer; `remove` restores every `forward`.
+    """Attach to a transformer; `remove` restores every `forward` and drops all that is held.
 
     Args:
         transformer: The model.
@@ -94,13 +94,16 @@ class ReplayableTransformer:
         self._call = function
 
     def remove(self) -> None:
-        """Restore every `forward`, in reverse order."""
+        """Restore every `forward`, in reverse order, and drop what is held."""
         for module, had_own, original in reversed(self._originals):
             if had_own:
                 module.forward = original
             else:
                 del module.forward
         self._originals.clear()
+        # Whoever answers the calls knows this object, a cycle that would keep tensors for long.
+        self.branches.clear()
+        self._call = self._root
 
     def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._originals.append((module, "forward" in vars(module), module.forward))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from layercache.calibration.collect import Measured, Tick, collect
 from layercache.calibration.estimate import CalibrationEstimate, estimate_run
 from layercache.calibration.jobs import Jobs
-from layercache.calibration.prompts import Batch
+from layercache.calibration.prompts import Batch, arguments_digests
 from layercache.calibration.propagation import PROBES
 from layercache.calibration.replay import ReplayableTransformer
 from layercache.errors import StatsError
@@ -21,6 +22,8 @@ from layercache.models.fingerprint import model_fingerprint, setting_of
 from layercache.stats import CalibrationStats, Group
 
 Log = Callable[[str], None]
+_LARGEST_SEED = 2**62
+"""torch takes 64 bits, and parts of one residual have seeds that follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +41,20 @@ class Options:
 
     def __post_init__(self) -> None:
         counts = ("num_inference_steps", "lags", "batch_size", "sketch_size")
+        for name in (*counts, "seed", "probes", "max_memory"):
+            value = getattr(self, name)
+            if value is None and name in ("probes", "max_memory"):
+                continue
+            try:
+                # NumPy's integers too; statistics keep them as JSON.
+                object.__setattr__(self, name, int(operator.index(value)))
+            except TypeError:
+                raise StatsError(f"{name}={value!r}: it must be a whole number") from None
         if min(getattr(self, name) for name in counts) < 1:
             given = ", ".join(f"{name}={getattr(self, name)}" for name in counts)
             raise StatsError(f"{given}: each must be at least 1")
+        if not -_LARGEST_SEED <= self.seed <= _LARGEST_SEED:
+            raise StatsError(f"seed={self.seed}: it must have at most 62 bits")
         if self.perturbed_runs < 0:
             raise StatsError(f"probes={self.probes}: it must be at least 0")
 
@@ -74,6 +88,9 @@ class Session:
         self.jobs = Jobs(options.mode, options.num_inference_steps, len(groups), options.lags)
         self.model = model_fingerprint(pipe.transformer)
         self.setting = setting_of(pipe, call_kwargs)
+        others = arguments_digests(call_kwargs, self.setting)
+        if others:
+            self.setting["other_arguments"] = others
         self._estimate: CalibrationEstimate | None = None
 
     @property
@@ -94,23 +111,31 @@ class Session:
     def estimate(self, work: Sequence[Batch]) -> CalibrationEstimate:
         """What measuring these batches will take; the decisions of `measure` follow from it."""
         largest = max(work, key=Batch.extent)
+        longest = max(work, key=lambda batch: batch.extent()[::-1])
+        found = self._estimate_like(largest, work)
+        if longest is not largest:
+            # A last batch of few prompts may need more than full ones with shorter texts.
+            found = found.covering(self._estimate_like(longest, work))
+        self._estimate = found
+        return found
+
+    def _estimate_like(self, batch: Batch, work: Sequence[Batch]) -> CalibrationEstimate:
         replayable = self._attach(offload=False)
         try:
             with torch.no_grad():
-                self._estimate = estimate_run(
+                return estimate_run(
                     self.pipe,
-                    largest,
+                    batch,
                     replayable,
                     self.jobs,
                     batches=len(work),
-                    prompts=sum(len(batch.ids) for batch in work),
+                    prompts=sum(len(each.ids) for each in work),
                     sketch_size=self.options.sketch_size,
                     probes=self.options.perturbed_runs,
                     max_memory=self.options.max_memory,
                 )
         finally:
             replayable.remove()
-        return self._estimate
 
     def measure(self, batch: Batch, tick: Tick) -> CalibrationStats:
         """Statistics of one batch, within the memory that `estimate` planned."""

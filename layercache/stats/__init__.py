@@ -6,6 +6,7 @@ Shape suffixes: P prompts, T steps, G groups, M lags, S sketch size.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats.file import read_archive, write_archive, write_atomically
+from layercache.stats.validation import ARRAYS, check_stats
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -33,9 +35,7 @@ FloatArray = NDArray[np.floating[Any]]
 SCHEMA_VERSION = 2
 """Version 2 added `mode` and `probes`; version 1 was always `"replay"` with six probes."""
 _VERSION_1 = {"mode": "replay", "probes": 6}
-_MODES = ("replay", "residual")
-_ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain", "amplification")
-_COUNTS = ("branches", "velocity_bytes", "output_bytes", "numel", "probes")
+_WHOLE = ("branches", "velocity_bytes", "output_bytes", "numel", "probes", "sketch_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,11 @@ class Group:
     stop: int
 
     def __post_init__(self) -> None:
+        for name in ("start", "stop"):
+            # Integers of other libraries too; they have to fit into JSON.
+            object.__setattr__(self, name, int(operator.index(getattr(self, name))))
+        if not isinstance(self.block_list, str):
+            raise TypeError(f"block_list is {self.block_list!r}, not text")
         if not 0 <= self.start < self.stop:
             raise StatsError(
                 f"group {self.block_list}[{self.start}:{self.stop}] has no blocks: "
@@ -75,9 +80,9 @@ class CalibrationStats:
         branches: Transformer calls a step (2 for sequential classifier-free guidance).
         velocities: (P, T, S) float32, sketches of the guided output of each step.
         deltas: (P, T, G, M, S) float32, sketches of D; zero where t - lag < 0.
-        times_ms: (P, G+2) float64, milliseconds a step of each group (all branches), then of what
-            a computed step spends outside the groups, then of what every step spends outside the
-            transformer.
+        times_ms: (P, G+2) float64, milliseconds a step of each group (all branches, the whole
+            batch that the prompt was measured in), then of what a computed step spends outside the
+            groups, then of what every step spends outside the transformer.
         image_gain: (P,) mean squared pixel change (images in [0, 1]) per mean squared change of the
             final latent.
         amplification: (P, T) how many times longer an error that is made at step t is once it has
@@ -92,7 +97,8 @@ class CalibrationStats:
         model: Hard fingerprint: transformer class, block lists, architecture hash.
         setting: Soft fingerprint: scheduler, guidance, resolution, dtype and so on.
         mode: `"replay"` if velocity deltas were measured, `"residual"` if residuals stand in.
-        probes: Perturbed runs that `amplification` was measured with; 0 if it was not.
+        probes: Perturbed runs asked for to measure `amplification`, fewer in runs of a few steps;
+            0 if it was not measured.
 
     Example:
         >>> stats = CalibrationStats.load("stats.npz")  # doctest: +SKIP
@@ -123,8 +129,8 @@ class CalibrationStats:
         if self.amplification.size == 0:
             ones = np.ones(self.velocities.shape[:2])
             object.__setattr__(self, "amplification", ones)
-        _validate(self)
-        for name in _ARRAYS:
+        check_stats(self)
+        for name in ARRAYS:
             getattr(self, name).setflags(write=False)
 
     @property
@@ -204,7 +210,7 @@ class CalibrationStats:
         }
         for name in _meta_fields():
             meta[name] = getattr(self, name)
-        write_archive(path, {name: getattr(self, name) for name in _ARRAYS}, meta)
+        write_archive(path, {name: getattr(self, name) for name in ARRAYS}, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:
@@ -214,7 +220,7 @@ class CalibrationStats:
             StatsError: The file is missing, truncated, malformed, compressed, of a newer version,
                 or holds NaN.
         """
-        arrays, meta = read_archive(path, _ARRAYS)
+        arrays, meta = read_archive(path, ARRAYS)
         return _built(arrays, meta, str(path))
 
     def merge(self, other: CalibrationStats) -> CalibrationStats:
@@ -234,7 +240,7 @@ class CalibrationStats:
             sigmas=self.sigmas,
             groups=self.groups,
             prompt_ids=tuple(self.prompt_ids[i] for i in kept),
-            **{name: getattr(self, name)[kept] for name in _ARRAYS if name != "sigmas"},
+            **{name: getattr(self, name)[kept] for name in ARRAYS if name != "sigmas"},
             **{name: getattr(self, name) for name in _meta_fields() if name != "prompt_ids"},
         )
 
@@ -247,6 +253,8 @@ class CalibrationStats:
             f"lags {self.max_lag}, sketch {self.velocities.shape[2]}",
             f"  a step: {full:.2f} ms in the transformer, {self.overhead_ms:.2f} ms outside it",
         ]
+        if self.num_steps < 2:
+            return "\n".join(lines)
         for index, group in enumerate(self.groups):
             norm = float(np.sqrt((self.deltas[:, 1:, index, 0] ** 2).sum(-1)).mean())
             speed = float(np.sqrt((self.velocities[:, 1:] ** 2).sum(-1)).mean())
@@ -288,7 +296,7 @@ def merge_all(parts: Sequence[CalibrationStats]) -> CalibrationStats:
     return CalibrationStats(
         sigmas=first.sigmas,
         groups=first.groups,
-        **{name: joined(name) for name in _ARRAYS if name != "sigmas"},
+        **{name: joined(name) for name in ARRAYS if name != "sigmas"},
         **same,
     )
 
@@ -305,7 +313,11 @@ def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], within: str =
         if one == other:
             continue
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            return difference(one, other, f"{within}{name}.")
+            nested = difference(one, other, f"{within}{name}.")
+            if nested:
+                return nested
+            # Nothing but entries of None against entries that are not there.
+            continue
         if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
             index = next(i for i, item in enumerate(one) if item != other[i])
             return f"{within}{name}[{index}] differs ({one[index]!r} and {other[index]!r})"
@@ -331,54 +343,6 @@ def _meta_fields() -> tuple[str, ...]:
     )
 
 
-def _validate(stats: CalibrationStats) -> None:
-    sigmas, groups = stats.sigmas, len(stats.groups)
-    if sigmas.ndim != 1 or len(sigmas) < 2:
-        raise StatsError(f"sigmas has shape {sigmas.shape}; it needs T+1 >= 2 values")
-    steps = len(sigmas) - 1
-    if stats.velocities.ndim != 3:
-        raise StatsError(f"velocities has shape {stats.velocities.shape}; it must be (P, T, S)")
-    prompts, _, size = stats.velocities.shape
-    lags = stats.deltas.shape[3] if stats.deltas.ndim == 5 else 0
-    expected = {
-        "velocities": (prompts, steps, size),
-        "deltas": (prompts, steps, groups, lags, size),
-        "times_ms": (prompts, groups + 2),
-        "image_gain": (prompts,),
-        "amplification": (prompts, steps),
-    }
-    for name, shape in expected.items():
-        array = getattr(stats, name)
-        if array.shape != shape:
-            raise StatsError(f"{name} has shape {array.shape}; {shape} was expected")
-    for name in _ARRAYS:
-        if not np.isfinite(getattr(stats, name)).all():
-            raise StatsError(
-                f"{name} holds NaN or infinity: the calibration run overflowed; "
-                "calibrate again in float32 or bfloat16"
-            )
-    if not (np.diff(sigmas) < 0).all() or sigmas[-1] != 0:
-        raise StatsError("sigmas must fall strictly and end at 0; the schedule is malformed")
-    if prompts < 1 or groups < 1 or stats.branches < 1 or stats.numel < 1:
-        raise StatsError(
-            f"prompts={prompts}, groups={groups}, branches={stats.branches}, "
-            f"numel={stats.numel}: each must be at least 1"
-        )
-    if stats.mode not in _MODES or stats.probes < 0:
-        raise StatsError(
-            f"mode is {stats.mode!r} and probes {stats.probes}; the modes are "
-            f"{' and '.join(map(repr, _MODES))}, and probes cannot be negative"
-        )
-    if (stats.times_ms < 0).any():
-        raise StatsError("times_ms must not be negative")
-    if (stats.image_gain <= 0).any() or (stats.amplification <= 0).any():
-        raise StatsError("image_gain and amplification must be positive")
-    if len(stats.group_bytes) != groups:
-        raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
-    if len(stats.prompt_ids) != prompts or list(stats.prompt_ids) != sorted(set(stats.prompt_ids)):
-        raise StatsError("prompt_ids must be sorted, all different, and as many as the prompts")
-
-
 def _built(arrays: dict[str, Any], meta: dict[str, Any], path: str) -> CalibrationStats:
     version = meta.pop("schema_version", None)
     if version == 1:
@@ -388,20 +352,35 @@ def _built(arrays: dict[str, Any], meta: dict[str, Any], path: str) -> Calibrati
             f"{path}: statistics of schema version {version!r}; this LayerCache reads versions 1 "
             f"and {SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
         )
-    for name in _ARRAYS:
+    for name in ARRAYS:
         if arrays[name].dtype.kind != "f":
             raise StatsError(f"{path}: {name} has dtype {arrays[name].dtype}, not a float")
     try:
         groups = tuple(Group(**group) for group in meta.pop("groups"))
         fields = {name: meta.pop(name) for name in _meta_fields()}
-        for name in (*_COUNTS, "sketch_seed"):
-            fields[name] = int(fields[name])
-        fields["group_bytes"] = tuple(int(value) for value in fields["group_bytes"])
-        fields["prompt_ids"] = tuple(str(value) for value in fields["prompt_ids"])
-        for name in ("model", "setting"):
-            fields[name] = dict(fields[name])
-    except (KeyError, TypeError, ValueError) as error:
+        model = fields["model"]
+        names = [model["class_name"], model["architecture"]]
+        blocks = list(model["block_lists"].values())
+    except (AttributeError, KeyError, TypeError) as error:
         raise StatsError(f"{path}: its metadata is malformed ({error!r})") from error
+    whole = {name: [fields[name]] for name in _WHOLE}
+    for name, values in {**whole, "group_bytes": fields["group_bytes"]}.items():
+        _require_each(path, name, values, int)
+    _require_each(path, "model.block_lists", blocks, int)
+    for name, values in {"model": names, "prompt_ids": fields["prompt_ids"]}.items():
+        _require_each(path, name, values, str)
+    _require_each(path, "setting", [fields["setting"]], dict)
+    for name in ("group_bytes", "prompt_ids"):
+        fields[name] = tuple(fields[name])
     if meta:
         raise StatsError(f"{path}: unknown metadata {sorted(meta)}")
     return CalibrationStats(groups=groups, **arrays, **fields)
+
+
+def _require_each(path: str, name: str, values: Any, kind: type) -> None:
+    """Refuse what is no list of one JSON type, such as numbers written as text."""
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise StatsError(
+            f"{path}: its metadata is malformed ({name} is {str(values)[:80]}; each must be "
+            f"{kind.__name__})"
+        )

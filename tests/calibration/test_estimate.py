@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,39 @@ def test_the_peak_stays_below_the_stated_bound(mode: str, batch_size: int) -> No
     assert stated.peak_bytes < 4 * memory.peak, "a bound that says something"
     assert len(said) == 1 and said[0].startswith(f"calibration of 2 prompts, {mode} mode: about ")
     assert "above the model" in said[0] and "full generations a prompt" in said[0]
+
+
+@pytest.mark.parametrize("mode", ["replay", "residual"])
+def test_the_bound_holds_for_a_last_batch_with_a_longer_text(mode: str) -> None:
+    prompts = ["a circle", "a ring", " ".join(["a large red circle"] * 80)]
+    options: dict[str, Any] = {
+        "num_inference_steps": 4, "groups": 4, "lags": 3, "mode": mode, "batch_size": 2,
+        "call_kwargs": tiny_arguments(),
+    }  # fmt: skip
+    pipe = tiny_pipeline()
+    stated = estimate_calibration(pipe, prompts, **options)
+    with PeakMemory(CPU) as memory:
+        calibrate(pipe, prompts, progress=False, **options)
+    assert memory.peak <= stated.peak_bytes
+
+
+def test_nothing_of_a_run_outlives_it() -> None:
+    pipe, options = tiny_pipeline(), {"num_inference_steps": 4, "call_kwargs": tiny_arguments()}
+    gc.disable()
+    try:
+        with PeakMemory(CPU) as memory:
+            estimate_calibration(pipe, PROMPTS, **options)
+            after_estimate = memory.live
+            calibrate(pipe, PROMPTS, progress=False, **options)
+            after_run = memory.live
+    finally:
+        gc.enable()
+    assert max(after_estimate, after_run) < 0.02 * memory.peak
+
+
+def test_lags_that_a_run_never_reaches_take_no_memory() -> None:
+    assert estimate(lags=7).lags_together == estimate(lags=20).lags_together
+    assert Jobs("replay", 8, 2, 20).history == 7 and Jobs("replay", 1, 2, 20).history == 1
 
 
 def test_a_tighter_bound_replays_fewer_lags_together_with_the_same_result() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from layercache.calibration import calibrate
 from layercache.calibration.parts import Parts
@@ -83,12 +84,15 @@ def test_files_of_another_run_are_refused(
 
 def test_another_schedule_is_noticed_before_the_run(tmp_path: Path) -> None:
     calibrate_tiny(tmp_path, FEW[:1])
-    call = tiny_arguments(sigmas=[1.0, 0.7, 0.5, 0.2])
+    pipe, call = tiny_pipeline(), tiny_arguments(sigmas=[1.0, 0.7, 0.5, 0.2])
+    options: dict[str, Any] = {
+        "num_inference_steps": 4, "groups": 2, "lags": 2, "parts": tmp_path, "progress": False,
+    }  # fmt: skip
+    with pytest.raises(ModelMismatchError, match=r"setting.other_arguments.sigmas differs"):
+        calibrate(pipe, FEW, call_kwargs=call, **options)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.02)
     with pytest.raises(ModelMismatchError, match=r"sigmas\[1\] differs"):
-        calibrate(
-            tiny_pipeline(), FEW, parts=tmp_path, progress=False, num_inference_steps=4, groups=2,
-            lags=2, call_kwargs=call,
-        )  # fmt: skip
+        calibrate(pipe, FEW, call_kwargs=tiny_arguments(), **options)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -104,6 +108,28 @@ def test_auto_groups_are_those_that_were_found_before(tmp_path: Path) -> None:
     assert not any(text.startswith("finding groups") for text in said)
     with pytest.raises(ModelMismatchError, match=r"number of groups differs \(3 and 2\)"):
         calibrate(tiny_pipeline(), FEW[:2], groups="auto:3", **options)
+
+
+def test_auto_groups_are_not_those_of_another_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "num_inference_steps": 4, "lags": 2, "parts": tmp_path, "progress": False,
+    }  # fmt: skip
+    call = tiny_arguments(true_cfg_scale=2.0)
+    calibrate(tiny_pipeline(), FEW[:1], groups="0:3,3:4", call_kwargs=call, **options)
+    said: list[str] = []
+    options["call_kwargs"] = tiny_arguments()
+    calibrate(tiny_pipeline(), FEW[1:2], groups="auto:2", log=said.append, **options)
+    assert any(text.startswith("finding groups") for text in said)
+
+
+def test_files_of_other_arguments_are_refused(tmp_path: Path) -> None:
+    calibrate_tiny(tmp_path, FEW[:1])
+    call = tiny_arguments(negative_prompt="a circle")
+    with pytest.raises(ModelMismatchError, match=r"other_arguments\.negative_prompt differs"):
+        calibrate(
+            tiny_pipeline(), FEW[:1], parts=tmp_path, progress=False, num_inference_steps=4,
+            groups=2, lags=2, call_kwargs=call,
+        )  # fmt: skip
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

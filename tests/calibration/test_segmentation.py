@@ -37,7 +37,13 @@ def test_the_name_of_a_single_list_may_be_left_out() -> None:
     assert names(split_groups({"a": 9}, "0:2,2:9")) == ["a[0:2]", "a[2:9]"]
 
 
-@pytest.mark.parametrize("text", ["many", "0:2", "a[0:2", "", "a[2:1]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("many", "0:2", "a[0:2", "", "a[2:1]"),
+        *("0", "²", "9" * 5000, "0-8,4-12", "a[0:2],a[1:3]"),
+    ],
+)
 def test_text_that_says_nothing_is_refused(text: str) -> None:
     with pytest.raises(StatsError):
         split_groups({"a": 3, "b": 2}, text)
@@ -45,8 +51,9 @@ def test_text_that_says_nothing_is_refused(text: str) -> None:
 
 def test_auto_asks_for_a_number_of_groups() -> None:
     assert [auto_count(g) for g in ("auto", "auto:7", "4", 4, None)] == [4, 7, None, None, None]
-    with pytest.raises(StatsError, match="write auto:N"):
-        auto_count("auto:few")
+    for text in ("auto:few", "auto:0", "auto:-1", "auto:²", "auto:1:2", "auto:" + "9" * 5000):
+        with pytest.raises(StatsError, match="write auto:N"):
+            auto_count(text)
 
 
 def cost(curves: Any, bounds: Any) -> float:

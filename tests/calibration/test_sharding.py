@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from layercache.calibration.sharding import take_shard
+from layercache.calibration.sharding import Processes, take_shard
 from layercache.errors import StatsError
 from layercache.stats import CalibrationStats, merge_all
 from tests.calibration.test_parts import same_statistics
@@ -41,11 +42,23 @@ def test_shards_are_disjoint_and_leave_nothing_out() -> None:
         assert max(map(len, taken)) - min(map(len, taken)) <= 1
 
 
+def test_processes_share_fewer_batches_than_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes(on_cpu=True)
+    for count in (1, 3, 8):
+        shares = []
+        for rank in range(4):
+            state = SimpleNamespace(process_index=rank, num_processes=4)
+            monkeypatch.setattr(processes, "_state", state)
+            shares.append(processes.split(list(range(count))))
+        assert sorted(item for share in shares for item in share) == list(range(count))
+
+
 @pytest.mark.parametrize(
     ("shard", "message"),
     [
         ((2, 2), "shard 2/2: the first number must be from 0 to 1"),
         ((-1, 2), "shard -1/2"),
+        ((0, 0), "shard 0/0: the second number must be at least 1"),
         ((3, 4), "shard 3/4 is empty: there are 3 batches of prompts"),
     ],
 )

@@ -1,0 +1,89 @@
+"""What must hold within statistics, wherever they come from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from layercache.errors import StatsError
+
+if TYPE_CHECKING:
+    from layercache.stats import CalibrationStats
+
+ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain", "amplification")
+"""The arrays of `CalibrationStats`."""
+_MODES = ("replay", "residual")
+
+
+def check_stats(stats: CalibrationStats) -> None:
+    """Refuse statistics whose parts do not fit one another, or that no plan can be made of.
+
+    Raises:
+        StatsError: The message names the field and what was expected.
+    """
+    sigmas, groups = stats.sigmas, len(stats.groups)
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise StatsError(f"sigmas has shape {sigmas.shape}; it needs T+1 >= 2 values")
+    steps = len(sigmas) - 1
+    if stats.velocities.ndim != 3:
+        raise StatsError(f"velocities has shape {stats.velocities.shape}; it must be (P, T, S)")
+    prompts, _, size = stats.velocities.shape
+    lags = stats.deltas.shape[3] if stats.deltas.ndim == 5 else 0
+    expected = {
+        "velocities": (prompts, steps, size),
+        "deltas": (prompts, steps, groups, lags, size),
+        "times_ms": (prompts, groups + 2),
+        "image_gain": (prompts,),
+        "amplification": (prompts, steps),
+    }
+    for name, shape in expected.items():
+        array = getattr(stats, name)
+        if array.shape != shape:
+            raise StatsError(f"{name} has shape {array.shape}; {shape} was expected")
+    for name in ARRAYS:
+        if not np.isfinite(getattr(stats, name)).all():
+            raise StatsError(
+                f"{name} holds NaN or infinity: the calibration run overflowed; "
+                "calibrate again in float32 or bfloat16"
+            )
+    if not (np.diff(sigmas) < 0).all() or sigmas[-1] != 0:
+        raise StatsError("sigmas must fall strictly and end at 0; the schedule is malformed")
+    counts = {
+        "prompts": prompts,
+        "groups": groups,
+        "lags": lags,
+        "sketch_size": size,
+        "branches": stats.branches,
+        "numel": stats.numel,
+    }
+    if min(counts.values()) < 1:
+        given = ", ".join(f"{name}={count}" for name, count in counts.items())
+        raise StatsError(f"{given}: each must be at least 1")
+    if stats.mode not in _MODES or stats.probes < 0:
+        raise StatsError(
+            f"mode is {stats.mode!r} and probes {stats.probes}; the modes are "
+            f"{' and '.join(map(repr, _MODES))}, and probes cannot be negative"
+        )
+    if (stats.times_ms < 0).any():
+        raise StatsError("times_ms must not be negative")
+    if not (stats.times_ms[:, :-1] > 0).any(axis=1).all():
+        raise StatsError("times_ms is 0 throughout for a prompt; every transformer takes time")
+    if (stats.image_gain <= 0).any() or (stats.amplification <= 0).any():
+        raise StatsError("image_gain and amplification must be positive")
+    if len(stats.group_bytes) != groups:
+        raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
+    for name in ("group_bytes", "velocity_bytes", "output_bytes"):
+        if np.min(getattr(stats, name)) < 0:
+            raise StatsError(f"{name} is {getattr(stats, name)}; bytes cannot be negative")
+    _check_groups(stats)
+    if len(stats.prompt_ids) != prompts or list(stats.prompt_ids) != sorted(set(stats.prompt_ids)):
+        raise StatsError("prompt_ids must be sorted, all different, and as many as the prompts")
+
+
+def _check_groups(stats: CalibrationStats) -> None:
+    ends: dict[str, int] = {}
+    for group in stats.groups:
+        if group.start < ends.get(group.block_list, 0):
+            raise StatsError(f"group {group.name} overlaps or precedes a group before it")
+        ends[group.block_list] = group.stop
