@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "layercache"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "stats": {"errors"},
-    "plan": {"errors", "stats"},
+    "plan_rows": {"errors"},
+    "plan": {"errors", "stats", "plan_rows"},
     "solver": {"errors", "stats"},
     "options": {"errors", "solver"},
     "figures": {"errors", "stats", "plan", "solver"},
@@ -41,8 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "stats", "plan", "solver", "options", "figures", "compile", "cli", "cli_running",
-    "cli_options", "__init__",
+    "errors", "stats", "plan_rows", "plan", "solver", "options", "figures", "compile", "cli",
+    "cli_running", "cli_options", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 
