@@ -18,6 +18,7 @@ from layercache.cli_options import (
     PATH,
     Commands,
     expand_folders,
+    hand_out,
     json_option,
     load_pipe,
     log,
@@ -218,12 +219,7 @@ def compile_command(
         power=power,
         max_cache_bytes=max_cache_bytes,
     )
-    plan.save(out)
-    if as_json:
-        print_json({"file": str(out), "plan": plan.to_dict()})
-    else:
-        click.echo(plan.summary())
-        log(f"wrote {out}")
+    hand_out(plan, out, as_json)
 
 
 @main.command()

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from layercache.errors import LayerCacheError, ModelMismatchError
-from layercache.plan import Budget
+from layercache.plan import Budget, Plan
 
 REFERENCE = "reference"
 PATH = click.Path(path_type=Path, dir_okay=False)
@@ -208,6 +208,16 @@ def read_prompts(
     if not chosen:
         raise click.UsageError(f"{file} has no prompts; write one a line")
     return chosen
+
+
+def hand_out(plan: Plan, out: Path, as_json: bool) -> None:
+    """Write a plan and show it."""
+    plan.save(out)
+    if as_json:
+        print_json({"file": str(out), "plan": plan.to_dict()})
+    else:
+        click.echo(plan.summary())
+        log(f"wrote {out}")
 
 
 def print_json(value: Any) -> None:

@@ -11,6 +11,7 @@ from layercache.cli_options import (
     FOLDER,
     PATH,
     GateFailed,
+    hand_out,
     json_option,
     load_pipe,
     log,
@@ -62,12 +63,7 @@ def refine(
         call_kwargs=arguments,
         log=log,
     )
-    plan.save(out)
-    if as_json:
-        print_json({"file": str(out), "plan": plan.to_dict()})
-    else:
-        click.echo(plan.summary())
-        log(f"wrote {out}")
+    hand_out(plan, out, as_json)
 
 
 @click.command("eval")

@@ -37,6 +37,7 @@ from layercache.solver.pricing import STEP_NAME, price_units
 from layercache.solver.resample import resample
 from layercache.solver.select import best_candidate
 from layercache.solver.solution import UnitSchedule, build_solution
+from layercache.solver.verify import Rules
 from layercache.stats import CalibrationStats, FloatArray
 
 
@@ -155,7 +156,7 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
                 f"the statistics make no plan ({place + ': ' if place else ''}{first['msg']}): "
                 "their model or groups are malformed; calibrate again"
             ) from error
-        check_figures(stats, plan)
+        check_figures(stats, plan, _rules(options, limit))
         plans.append(plan)
     return plans
 
@@ -214,6 +215,18 @@ def _problem(stats: CalibrationStats, options: Options) -> ScheduleProblem:
         max_gap=options.max_gap,
         forced=frozenset(options.forced),
         power=options.power,
+        max_cache_bytes=options.max_cache_bytes,
+    )
+
+
+def _rules(options: Options, limit_ms: float) -> Rules:
+    return Rules(
+        budget_ms=limit_ms,
+        history=_history(options),
+        gains=_cell_gains(options),
+        power=options.power,
+        max_gap=options.max_gap,
+        forced=frozenset(options.forced),
         max_cache_bytes=options.max_cache_bytes,
     )
 

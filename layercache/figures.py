@@ -95,13 +95,18 @@ def rules_of(stats: CalibrationStats, plan: Plan) -> Rules:
     )
 
 
-def check_figures(stats: CalibrationStats, plan: Plan) -> None:
+def check_figures(stats: CalibrationStats, plan: Plan, rules: Rules) -> None:
     """Recompute the plan as it will be read, and compare every figure on it but the bound.
+
+    Args:
+        stats: The statistics that the plan was compiled from, at the plan's sigmas.
+        plan: A finished plan.
+        rules: What was asked for, not what the plan says of it.
 
     Raises:
         VerificationError: A rule is broken or a figure is wrong.
     """
-    found = verify(stats, rows_of(stats, plan), rules_of(stats, plan)).require()
+    found = verify(stats, rows_of(stats, plan), rules).require()
     full = stats.num_steps * step_ms(stats)
     overhead = stats.num_steps * stats.overhead_ms
     psnr = predicted_psnr(stats, found.error)

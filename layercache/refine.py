@@ -37,7 +37,7 @@ from torch import Tensor
 
 from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch, Prompt, batches
-from layercache.errors import LayerCacheError, StatsError
+from layercache.errors import LayerCacheError, ModelMismatchError, StatsError
 from layercache.figures import restate
 from layercache.models.stepping import tapped_step
 from layercache.plan import MAX_SPAN, REFRESH, SPANS, Plan, UnitPlan
@@ -267,6 +267,12 @@ def _uncached(pipe: Any, batch: Batch, plan: Plan) -> tuple[dict[int, Array], Te
     run = plan.run_steps
 
     def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        steps = len(pipe.scheduler.sigmas) - 1
+        if steps != plan.num_steps:
+            raise ModelMismatchError(
+                f"the pipeline takes {steps} steps and the plan has {plan.num_steps}: leave "
+                "sigmas and timesteps out of call_kwargs, or compile the plan for them"
+            )
         if run[index]:
             states[index] = _flat(sample)
         if index == last:

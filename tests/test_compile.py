@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from layercache.errors import StatsError
 from layercache.options import Options
 from layercache.solver.verify import Row, Rules, VerificationError, verify
 from tests.solver.strategies import random_stats
+
+# The package exports a function of a like name, so the module is asked for by its own.
+compile_module = importlib.import_module("layercache.compile")
 
 UNITS = [("step",), ("groups",), ("step", "groups")]
 
@@ -168,6 +172,24 @@ def test_a_wrong_figure_is_caught_before_the_plan_is_returned(
     monkeypatch.setattr(error, lambda *_: np.full(stats.num_prompts, 1e-9))
     with pytest.raises(VerificationError, match="the plan states psnr_db"):
         compile_plan(stats, 0.5)
+
+
+def test_a_plan_is_held_to_what_was_asked_and_not_to_what_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A compiler that forgets an option, in the problem and in the plan, is caught."""
+    problem_of = compile_module._problem
+    monkeypatch.setattr(
+        compile_module, "_problem", lambda stats, o: problem_of(stats, replace(o, forced=()))
+    )
+    plan_of = compile_module._plan
+    monkeypatch.setattr(
+        compile_module,
+        "_plan",
+        lambda stats, budget, o, *rest: plan_of(stats, budget, replace(o, forced=()), *rest),
+    )
+    with pytest.raises(VerificationError, match="is not refreshed, though forced"):
+        compile_plan(random_stats(3), 0.4, forced=tuple(range(1, 8, 2)))
 
 
 def test_speedups_count_what_runs_outside_the_transformer() -> None:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from layercache import CalibrationStats, LayerCacheError, Plan, StatsError, compile_plan
+from layercache import (
+    CalibrationStats,
+    LayerCacheError,
+    ModelMismatchError,
+    Plan,
+    StatsError,
+    compile_plan,
+)
 from layercache.calibration import calibrate
 from layercache.refine import _ClosedLoop, refine_plan
 from tests.tiny import tiny_arguments, tiny_pipeline
@@ -138,6 +145,13 @@ def test_prompts_must_make_one_call(stats: CalibrationStats, prompts: list[Any])
     plan = compile_plan(stats, 0.5, units=("step",))
     with pytest.raises(StatsError, match=r"prompts make \d pipeline calls; refining needs two"):
         refine(stats, plan, prompts=prompts)
+
+
+def test_another_number_of_steps_is_refused(stats: CalibrationStats) -> None:
+    plan = compile_plan(stats, 0.5, units=("step",))
+    arguments = tiny_arguments() | {"sigmas": np.linspace(1, 1 / 14, 14).tolist()}
+    with pytest.raises(ModelMismatchError, match="the pipeline takes 14 steps and the plan has 10"):
+        refine(stats, plan, call_kwargs=arguments)
 
 
 def test_a_memory_limit_of_the_plan_is_kept(stats: CalibrationStats, always_kept: None) -> None:
