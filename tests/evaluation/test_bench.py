@@ -14,8 +14,9 @@ import torch
 from layercache.errors import LayerCacheError
 from layercache.evaluation.bench import measuring as measuring_module
 from layercache.evaluation.bench.ablation import run_ablation, subset
+from layercache.evaluation.bench.entrants import Entrant, Family
 from layercache.evaluation.bench.equal_speed import Curve, Point
-from layercache.evaluation.bench.field import FIELD, Entrant, Family
+from layercache.evaluation.bench.field import FIELD
 from layercache.evaluation.bench.goals import goals
 from layercache.evaluation.bench.inputs import Inputs
 from layercache.evaluation.bench.measuring import BLOCK, Measuring

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from layercache.evaluation.bench.field import Entrant, plans
+from layercache.evaluation.bench.entrants import Entrant
+from layercache.evaluation.bench.field import plans
 from layercache.evaluation.bench.inputs import GROUPS, PUBLISHED_GROUPS, Inputs
 from layercache.evaluation.bench.scenario import BenchSize, Scenario
 from layercache.evaluation.bench.store import Store, fingerprint

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from layercache.compile import compile_plan, pareto
 from layercache.errors import BudgetError, LayerCacheError
+from layercache.evaluation.bench.entrants import Entrant, Family
 from layercache.evaluation.bench.inputs import PUBLISHED_GROUPS, Inputs
 from layercache.evaluation.bench.scenario import SEEDS
 from layercache.evaluation.contenders import PUBLISHED
-from layercache.evaluation.methods import LayerCache, Method
+from layercache.evaluation.methods import LayerCache
 from layercache.evaluation.peers import (
     DPCache,
     FewerSteps,
@@ -47,34 +48,6 @@ from layercache.plan import REFRESH, Budget, Plan
 from layercache.reference import prompts
 from layercache.refine import refine_plan
 from layercache.stats import CalibrationStats
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A method at one setting, which `label` says in words."""
-
-    family: str
-    label: str
-    method: Method
-
-
-@dataclass(frozen=True)
-class Family:
-    """A row of the comparison.
-
-    Attributes:
-        name: As it stands in the table.
-        build: Its entrants, given what is known from calibration prompts.
-        source: Where the method comes from, for the report.
-        tuned: Whether its settings are chosen on validation prompts.
-        foreign: Whether other people's code runs, whose failure is reported and not ours to fix.
-    """
-
-    name: str
-    build: Callable[[Inputs], list[Entrant]]
-    source: str
-    tuned: bool = False
-    foreign: bool = False
 
 
 def plans(stats: CalibrationStats, fresh_steps: Sequence[int], options: Options) -> dict[int, Plan]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch
+from layercache.evaluation.bench.entrants import Entrant
 from layercache.evaluation.bench.equal_speed import Curve, Point
-from layercache.evaluation.bench.field import Entrant
 from layercache.evaluation.bench.store import Store
 from layercache.evaluation.latency import Run, timed_run
 from layercache.evaluation.lpips import Lpips

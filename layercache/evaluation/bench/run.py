@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation.bench.field import FIELD, Entrant, Family
+from layercache.evaluation.bench.entrants import Entrant, Family
+from layercache.evaluation.bench.field import FIELD
 from layercache.evaluation.bench.goals import goals
 from layercache.evaluation.bench.inputs import GROUPS, PUBLISHED_GROUPS, Inputs
 from layercache.evaluation.bench.measuring import BLOCK, Clock, Measuring

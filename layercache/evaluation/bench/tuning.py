@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch
+from layercache.evaluation.bench.entrants import Entrant
 from layercache.evaluation.bench.equal_speed import Point, pareto_front
-from layercache.evaluation.bench.field import Entrant, with_share
+from layercache.evaluation.bench.field import with_share
 from layercache.evaluation.bench.inputs import Inputs
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import Method, Uncached
