@@ -188,8 +188,8 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
 )
 @click.option(
     "--gains",
-    type=click.Choice(["trajectory", "cell", "unit", "none"]),
-    default="trajectory",
+    type=click.Choice(["multistep", "trajectory", "cell", "unit", "none"]),
+    default="multistep",
     show_default=True,
 )
 @click.option("--power", type=float, default=1.0, show_default=True, help="Above 1: avoid peaks.")

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from layercache.errors import BudgetError, LayerCacheError, StatsError
-from layercache.figures import budget_ms, check_figures, step_ms
+from layercache.figures import budget_ms, check_figures, held_bytes, step_ms
 from layercache.options import HISTORY, Options
 from layercache.plan import (
     IDLE,
@@ -32,6 +32,7 @@ from layercache.plan import (
 from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
 from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
+from layercache.solver.multistep import DEPTH
 from layercache.solver.polish import StepPolish
 from layercache.solver.pricing import STEP_NAME, price_units
 from layercache.solver.resample import resample
@@ -39,6 +40,7 @@ from layercache.solver.select import best_candidate
 from layercache.solver.solution import UnitSchedule, build_solution
 from layercache.solver.verify import Rules
 from layercache.stats import CalibrationStats, FloatArray
+from layercache.taps import with_multistep
 
 
 def compile_plan(
@@ -47,7 +49,7 @@ def compile_plan(
     *,
     solver: str = "dp",
     units: Sequence[str] = ("step", "groups"),
-    gains: str = "trajectory",
+    gains: str = "multistep",
     power: float = 1.0,
     max_cache_bytes: int | None = None,
     history: int = HISTORY,
@@ -64,11 +66,14 @@ def compile_plan(
             with what each step spends outside the transformer.
         solver: `"dp"`; `"greedy"` for the published allocator; `"milp"` for the slow reference.
         units: What may be cached: whole steps (`"step"`), groups of blocks (`"groups"`), or both.
-        gains: `"trajectory"` fits all predictions of a plan at once, `"cell"` each by itself,
-            `"unit"` is the published predictor, `"none"` reuses without predicting.
+        gains: `"multistep"` makes the steps between two computed ones one step of a fitted linear
+            multistep method, where no group is cached, and is `"trajectory"` elsewhere;
+            `"trajectory"` fits all predictions of a plan at once, `"cell"` each by itself, `"unit"`
+            is the published predictor, `"none"` reuses without predicting.
         power: Prices of cells are raised to it; above 1 it suppresses peaks.
         max_cache_bytes: Limit on stored tensors for one image.
-        history: How many refreshes before the anchor may serve as a base, 0 to 3.
+        history: How many refreshes before the anchor may serve as a base, 0 to 3. With 0 nothing
+            is predicted; multistep coefficients reach up to four back with any other.
         max_gap: Most steps between a cell and its anchor.
         forced: Steps at which everything is computed, besides the first.
         sigmas: Compile for this schedule of T+1 noise levels (another number of steps, another
@@ -131,7 +136,7 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
     skips = "step" in options.units and options.history > 0
     polish = (
         StepPolish(stats, forced=problem.forced, max_gap=problem.max_gap)
-        if skips and options.gains == "trajectory"
+        if skips and options.schedule_gains == "trajectory"
         else None
     )
     plans = []
@@ -139,7 +144,7 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         limit = budget_ms(stats, budget)
         try:
             if programme is not None:
-                count = None if options.gains == "trajectory" else 1
+                count = None if options.schedule_gains == "trajectory" else 1
                 candidates = programme.candidates(limit, count)
                 if polish is not None:
                     candidates += _polished(problem.with_budget(limit), candidates, polish)
@@ -195,12 +200,14 @@ def _best_plan(
     measured_steps: int,
 ) -> Plan:
     limit = options.max_cache_bytes
-    solution, fit = best_candidate(stats, candidates, options.gains)
+    solution, fit = best_candidate(stats, candidates, options.schedule_gains)
     plan = _plan(stats, budget, options, solution, fit, measured_steps)
     if limit is not None and plan.predicted.cache_bytes > limit:
         # Corrections keep one more output alive, which the solver did not count.
-        solution, fit = best_candidate(stats, candidates, options.gains, corrections=False)
+        solution, fit = best_candidate(stats, candidates, options.schedule_gains, corrections=False)
         plan = _plan(stats, budget, options, solution, fit, measured_steps)
+    if options.gains == "multistep" and options.history > 0:
+        plan = with_multistep(stats, plan, limit)
     return plan
 
 
@@ -228,12 +235,13 @@ def _rules(options: Options, limit_ms: float) -> Rules:
         max_gap=options.max_gap,
         forced=frozenset(options.forced),
         max_cache_bytes=options.max_cache_bytes,
+        depth=DEPTH if _history(options) > 0 else 0,
     )
 
 
 def _cell_gains(options: Options) -> str:
     """The gains that cells are priced with, before any trajectory is known."""
-    return "cell" if options.gains == "trajectory" else options.gains
+    return "cell" if options.schedule_gains == "trajectory" else options.gains
 
 
 def _history(options: Options) -> int:
@@ -323,10 +331,7 @@ def _plan(
         ),
         provenance=provenance,
     )
-    group_bytes = {
-        group.name: size for group, size in zip(stats.groups, stats.group_bytes, strict=True)
-    }
-    held = plan.cache_bytes(group_bytes, stats.velocity_bytes, stats.output_bytes)
+    held = held_bytes(stats, plan)
     return plan.model_copy(
         update={"predicted": plan.predicted.model_copy(update={"cache_bytes": held})}
     )

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layercache.plan import Budget, Plan, Predicted, UnitPlan
+from layercache.plan import Budget, Plan, Predicted, UnitPlan, version_for
 from layercache.solver.gains import predicted_psnr
+from layercache.solver.multistep import DEPTH
 from layercache.solver.resample import resample
 from layercache.solver.verify import Row, Rules, VerificationError, verify
 from layercache.stats import CalibrationStats
@@ -48,7 +49,14 @@ def restate(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) -> P
     """
     if "interpolated_from_steps" in plan.provenance:
         stats = resample(stats, np.array(plan.sigmas))
-    changed = Plan.from_dict({**plan.to_dict(), "units": [unit.model_dump() for unit in units]})
+    return with_rows(stats, plan, units)
+
+
+def with_rows(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) -> Plan:
+    """As `restate`, for statistics that are at the plan's sigmas already."""
+    rows = [unit.model_dump() for unit in units]
+    version = {"schema_version": version_for(units)}
+    changed = Plan.from_dict({**plan.to_dict(), **version, "units": rows})
     found = verify(stats, rows_of(stats, changed), rules_of(stats, changed)).require()
     psnr = predicted_psnr(stats, found.error)
     full = stats.num_steps * step_ms(stats)
@@ -66,6 +74,12 @@ def restate(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) -> P
     return changed.model_copy(update={"predicted": predicted, "certificate": certificate})
 
 
+def held_bytes(stats: CalibrationStats, plan: Plan) -> int:
+    """Peak bytes that a plan of these statistics holds between steps, for one image."""
+    sizes = {group.name: size for group, size in zip(stats.groups, stats.group_bytes, strict=True)}
+    return plan.cache_bytes(sizes, stats.velocity_bytes, stats.output_bytes)
+
+
 def rows_of(stats: CalibrationStats, plan: Plan) -> list[Row]:
     """The plan's rows as they will be read."""
     number = {group.name: index for index, group in enumerate(stats.groups)}
@@ -76,6 +90,7 @@ def rows_of(stats: CalibrationStats, plan: Plan) -> list[Row]:
             anchor=schedule.anchor,
             base=schedule.base,
             weight=schedule.weight,
+            taps=schedule.taps,
         )
         for unit, schedule in ((unit, plan.schedules[unit.name]) for unit in plan.units)
     ]
@@ -87,11 +102,12 @@ def rules_of(stats: CalibrationStats, plan: Plan) -> Rules:
     return Rules(
         budget_ms=budget_ms(stats, plan.budget),
         history=asked["history"],
-        gains="cell" if mode == "trajectory" else mode,
+        gains=mode if mode in ("none", "unit") else "cell",
         power=plan.certificate.power,
         max_gap=asked["max_gap"],
         forced=frozenset(asked["forced"]),
         max_cache_bytes=asked["max_cache_bytes"],
+        depth=DEPTH if asked["history"] > 0 else 0,
     )
 
 

@@ -13,6 +13,7 @@ from layercache.solver.gains import GAIN_MODES
 from layercache.solver.problem import whole
 
 HISTORY = 2
+GAINS = (*GAIN_MODES, "multistep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Options:
 
     solver: str = "dp"
     units: Sequence[str] = ("step", "groups")
-    gains: str = "trajectory"
+    gains: str = "multistep"
     power: float = 1.0
     max_cache_bytes: int | None = None
     history: int = HISTORY
@@ -39,14 +40,19 @@ class Options:
     forced: Sequence[int] = ()
     sigmas: Sequence[float] | None = None
 
+    @property
+    def schedule_gains(self) -> str:
+        """The gains that schedules are chosen with; multistep rows are fitted to the chosen one."""
+        return "trajectory" if self.gains == "multistep" else self.gains
+
     def __post_init__(self) -> None:
         if self.solver not in tuple(SOLVERS):
             raise LayerCacheError(
                 f"solver is {self.solver!r}; use {' or '.join(map(repr, sorted(SOLVERS)))}"
             )
-        if self.gains not in GAIN_MODES:
-            modes = ", ".join(map(repr, GAIN_MODES[:-1]))
-            raise LayerCacheError(f"gains is {self.gains!r}; use {modes} or {GAIN_MODES[-1]!r}")
+        if self.gains not in GAINS:
+            modes = ", ".join(map(repr, GAINS[:-1]))
+            raise LayerCacheError(f"gains is {self.gains!r}; use {modes} or {GAINS[-1]!r}")
         if not isinstance(self.power, Real):
             raise LayerCacheError(f"power is {self.power!r}; it must be a number above 0")
         units = (self.units,) if isinstance(self.units, str) else _sequence("units", self.units)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,9 +32,11 @@ __all__ = [
     "Predicted",
     "Schedule",
     "UnitPlan",
+    "version_for",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of plans with taps. Plans without are written as version 1, which older readers know."""
 _MAX_FILE_BYTES = 16 * 2**20
 _MAX_STEPS = 10_000
 
@@ -129,7 +131,7 @@ class Plan(Frozen):
         >>> print(plan.summary())  # doctest: +SKIP
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 1
     generator: str
     model: ModelFingerprint
     setting: dict[str, Any]
@@ -171,6 +173,12 @@ class Plan(Frozen):
                     f"units[{index}].cells[{step}] is {unit.cells[step]!r}: a group is idle (.) "
                     "at just those steps that the step unit skips"
                 )
+        needed = version_for(self.units)
+        if self.schema_version != needed:
+            raise ValueError(
+                f"schema_version is {self.schema_version}, but units "
+                f"{'with' if needed > 1 else 'without'} taps are of version {needed}"
+            )
         try:
             for unit in self.units:
                 unit.schedule(self.sigmas)
@@ -224,9 +232,9 @@ class Plan(Frozen):
             PlanError: The version is unknown, or a value is wrong; the message gives its path.
         """
         version = data.get("schema_version") if isinstance(data, Mapping) else None
-        if version != SCHEMA_VERSION or isinstance(version, bool):
+        if version not in (1, SCHEMA_VERSION) or isinstance(version, bool):
             raise PlanError(
-                f"the plan has schema_version {version!r}; this LayerCache reads version "
+                f"the plan has schema_version {version!r}; this LayerCache reads versions 1 and "
                 f"{SCHEMA_VERSION}: upgrade LayerCache or compile the plan again"
             )
         try:
@@ -328,6 +336,8 @@ class Plan(Frozen):
         psnr = "unknown"
         if p.psnr_db is not None and p.psnr_worst_db is not None:
             psnr = f"{p.psnr_db:.1f} dB (worst prompt {p.psnr_worst_db:.1f})"
+        if any(unit.taps is not None for unit in self.units):
+            lines.append("  multistep: skipped steps repeat the mean velocity that taps make")
         lines += [
             "  # computed   0 reused   1-9, a-z predicted with span K   . the step is skipped",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
@@ -336,6 +346,11 @@ class Plan(Frozen):
             f"lower bound {c.lower_bound:.4g}, gap {100 * c.gap:.2f} %",
         ]
         return "\n".join(lines)
+
+
+def version_for(units: Sequence[UnitPlan]) -> Literal[1, 2]:
+    """The oldest version of the format that can hold these rows."""
+    return 1 if all(unit.taps is None for unit in units) else 2
 
 
 def _refuse_constant(text: str) -> float:

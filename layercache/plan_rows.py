@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -30,6 +31,10 @@ class Schedule:
     the factor w of the prediction `r_anchor + w (r_anchor - r_base)`, or of the correction
     `v + w (v - v_base)` at a refreshed step. `last_use[s]` is the last step that reads what step s
     stored, or -1.
+
+    A row with multistep coefficients has `taps`: at each refreshed step the pairs (s, b) of the
+    mean velocity `v + sum b (v - v_s)`, which the steps until the next refresh repeat, and which
+    step `last_mixed[a]` is the last to read. Its weights are 0.
     """
 
     refresh: tuple[bool, ...]
@@ -38,10 +43,17 @@ class Schedule:
     base: tuple[int, ...]
     weight: tuple[float, ...]
     last_use: tuple[int, ...]
+    taps: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    last_mixed: tuple[int, ...] = ()
 
     def stored_at(self, step: int) -> int:
         """How many of this unit's tensors are held while `step` runs."""
-        return sum(1 for s in range(step + 1) if self.last_use[s] >= max(step, s + 1))
+        return sum(
+            1
+            for uses in (self.last_use, self.last_mixed)
+            for s, last in enumerate(uses[: step + 1])
+            if last >= max(step, s + 1)
+        )
 
 
 class UnitPlan(Frozen):
@@ -51,6 +63,11 @@ class UnitPlan(Frozen):
     with span K = 1..35, whose base is the unit's latest refresh at least K steps before its anchor;
     `.` (groups only) idle, since the whole step is skipped. `gains` has one number a step, or is
     absent for the published predictor (gain 1 wherever K > 0).
+
+    A step unit may have `taps` instead of gains: for each step a list b_1, b_2, ... of multistep
+    coefficients, empty where the step is not computed. The scheduler then receives
+    `v + sum_h b_h (v - v_h)`, v_h the output of the h-th computed step before, at that step and at
+    the skipped ones after it; the spans in `cells` only say how the solver priced them.
     """
 
     kind: Literal["step", "group"]
@@ -59,6 +76,7 @@ class UnitPlan(Frozen):
     start: int | None = None
     stop: int | None = None
     gains: tuple[float, ...] | None = None
+    taps: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +104,24 @@ class UnitPlan(Frozen):
                 raise ValueError(f"cells[{step}] is {symbol!r}, which is no symbol of this unit")
         if self.gains is not None and len(self.gains) != len(self.cells):
             raise ValueError(f"{len(self.gains)} gains for {len(self.cells)} cells")
+        if self.taps is not None:
+            self._check_taps(self.taps)
         return self
+
+    def _check_taps(self, taps: tuple[tuple[float, ...], ...]) -> None:
+        if self.kind != "step" or self.gains is not None:
+            raise ValueError("taps stand in the step unit only, and instead of gains")
+        if len(taps) != len(self.cells):
+            raise ValueError(f"{len(taps)} lists of taps for {len(self.cells)} cells")
+        computed = 0
+        for step, (symbol, row) in enumerate(zip(self.cells, taps, strict=True)):
+            most = computed if symbol == REFRESH else 0
+            if len(row) > most:
+                raise ValueError(
+                    f"taps[{step}] has {len(row)} coefficients and the cell is {symbol!r} with "
+                    f"{computed} computed steps before it: {most} can be"
+                )
+            computed += symbol == REFRESH
 
     def schedule(self, sigmas: tuple[float, ...]) -> Schedule:
         """Anchors, bases and weights of every step.
@@ -141,7 +176,7 @@ class UnitPlan(Frozen):
             for source in (anchor[step], base[step]):
                 if source >= 0:
                     last_use[source] = step
-        return Schedule(
+        found = Schedule(
             refresh=tuple(c == REFRESH for c in self.cells),
             cached=tuple(c in SPANS for c in self.cells),
             anchor=tuple(anchor),
@@ -149,3 +184,28 @@ class UnitPlan(Frozen):
             weight=tuple(weight),
             last_use=tuple(last_use),
         )
+        return found if self.taps is None else _multistep(found, self.taps)
+
+
+def _multistep(schedule: Schedule, taps: Sequence[Sequence[float]]) -> Schedule:
+    """The row with taps resolved to step numbers, and with what they read instead of bases."""
+    steps = len(taps)
+    computed = [step for step in range(steps) if schedule.refresh[step]]
+    pairs: list[tuple[tuple[int, float], ...]] = [()] * steps
+    last_use, last_mixed = [-1] * steps, [-1] * steps
+    for number, step in enumerate(computed):
+        row = enumerate(taps[step], 1)
+        pairs[step] = tuple((computed[number - back], tap) for back, tap in row if tap)
+        for source, _ in pairs[step]:
+            last_use[source] = step
+    for step, anchor in enumerate(schedule.anchor):
+        if anchor >= 0:
+            uses = last_mixed if pairs[anchor] else last_use
+            uses[anchor] = max(uses[anchor], step)
+    return replace(
+        schedule,
+        weight=(0.0,) * steps,
+        last_use=tuple(last_use),
+        taps=tuple(pairs),
+        last_mixed=tuple(last_mixed),
+    )

@@ -1,4 +1,4 @@
-"""`refine_plan`: the gains of a compiled plan, fitted again on the accelerated run itself.
+"""`refine_plan`: the multistep coefficients of a plan, fitted again on the accelerated run itself.
 
 Compiling foretells errors around the uncached run. The accelerated run drifts away from it, and at
 few computed steps what is foretold is no longer what happens. Here the calibration prompts are
@@ -8,19 +8,16 @@ step a, just before its velocity is used, the mean velocity until the next compu
     v_a + sum_h b_h (v_a - v_{a_h}),      a_h the h-th computed step before a,
 
 is fitted to where the uncached run is at e (`solver.rows.fit_row`): target (z_e - x_a) / (sigma_e -
-sigma_a). The run goes on from what the fit gives, so that errors made before are seen, and paid
-back, by later fits. Which steps are computed stays as it was. The coefficients are then written
-into the plan's own cells: b_1 into the correction of step a, every deeper one into the gain of a
-skipped step. There are at most as many coefficients as the plan has history, or as the stretch has
-cells.
+sigma_a), prior the compiled coefficients. The run goes on from what the fit gives, so that errors
+made before are seen, and paid back, by later fits. Which steps are computed stays as it was.
 
 Cost: 1 generation in full and 3 under the plan, of all prompts; one more under the plan for each
-level of history that a memory limit forbids. The plan's figures are computed
-again from the statistics and verified; whether refining helped is measured on the same prompts, and
-if it did not, the compiled plan comes back.
+earlier velocity that a memory limit forbids. The plan's figures are computed again from the
+statistics and verified; whether refining helped is measured on the same prompts, and if it did not,
+the compiled plan comes back.
 
 Source: the closed loop is that of fitting a non-stationary solver (Shaul et al., arXiv 2403.01329)
-row by row; here the rows are a plan's cells.
+row by row.
 """
 
 from __future__ import annotations
@@ -38,15 +35,16 @@ from torch import Tensor
 from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch, Prompt, batches
 from layercache.errors import LayerCacheError, ModelMismatchError, StatsError
-from layercache.figures import restate
+from layercache.figures import held_bytes, restate
 from layercache.models.stepping import tapped_step
-from layercache.plan import MAX_SPAN, REFRESH, SPANS, Plan, UnitPlan
+from layercache.plan import REFRESH, Plan, UnitPlan
 from layercache.runtime import apply_plan
+from layercache.runtime.arithmetic import mean_velocity
+from layercache.solver.multistep import DECIMALS, DEPTH
 from layercache.solver.rows import fit_row
 from layercache.stats import CalibrationStats
 
 Array = NDArray[np.float64]
-_DECIMALS = 6
 
 
 def refine_plan(
@@ -59,7 +57,7 @@ def refine_plan(
     call_kwargs: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """The plan with gains fitted in closed loop; the plan itself where that does no good.
+    """The plan with coefficients fitted in closed loop; the plan itself where that does no good.
 
     Args:
         pipe: The pipeline that the plan is for.
@@ -91,7 +89,7 @@ def refine_plan(
     if unit is None or history < 1 or set(unit.cells) == {REFRESH}:
         raise LayerCacheError(
             "this plan has nothing to refine: it needs a step unit that skips steps and a history "
-            'of at least 1; compile it with units=("step", ...) and gains="trajectory"'
+            'of at least 1; compile it with units=("step", ...) and gains="multistep"'
         )
     arguments = {**(call_kwargs or {}), "num_inference_steps": plan.num_steps}
     work = batches(prompts, seed, len(prompts), arguments)
@@ -105,14 +103,14 @@ def refine_plan(
         truth, reference = _uncached(pipe, batch, plan)
         before = after = _psnr(pipe, batch, plan, reference)
         refined = plan
-        for depth in range(history, 0, -1):
+        for depth in range(DEPTH, 0, -1):
             loop = _ClosedLoop(plan, unit, depth, truth)
             with tapped_step(pipe.scheduler, loop.on_step), apply_plan(pipe, _plain(plan)):
                 run_pipeline(pipe, batch)
             units = _with_step(plan, loop.row())
             # Deeper bases live longer; where bytes are limited, shallower ones have to do.
             if _fits(stats, plan, units):
-                refined = restate(stats, plan, units)
+                refined = restate(stats, _as_multistep(plan), units)
                 after = _psnr(pipe, batch, refined, reference)
                 break
     better = after > before
@@ -151,16 +149,14 @@ class _ClosedLoop:
     """Fits every stretch as the run reaches it.
 
     Args:
-        plan: The compiled plan, whose own gains are the priors.
+        plan: The compiled plan, whose own coefficients are the priors.
         unit: Its step unit.
-        history: Most computed steps before the anchor that may be bases.
+        depth: Most computed steps before the anchor that a fit may use.
         truth: For each step the latents (P, N) that the uncached run has before it, and at the end.
     """
 
-    def __init__(
-        self, plan: Plan, unit: UnitPlan, history: int, truth: Mapping[int, Array]
-    ) -> None:
-        self.unit, self.history, self.truth = unit, history, truth
+    def __init__(self, plan: Plan, unit: UnitPlan, depth: int, truth: Mapping[int, Array]) -> None:
+        self.unit, self.depth, self.truth = unit, depth, truth
         self.schedule = plan.schedules[unit.name]
         self.sigmas = np.array(plan.sigmas)
         self.stretches = {stretch.start: stretch for stretch in _stretches(unit)}
@@ -168,8 +164,7 @@ class _ClosedLoop:
         self.first_skipped = self.schedule.cached.index(True)
         self.velocities: list[Tensor] = []
         self.mean: Tensor | None = None
-        self.cells = list(unit.cells)
-        self.gains = [0.0] * len(unit.cells)
+        self.taps: list[tuple[float, ...]] = [()] * len(unit.cells)
 
     def on_step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """What the scheduler gets: at a computed step the fit, then the same until the next."""
@@ -177,87 +172,40 @@ class _ClosedLoop:
         if stretch is not None:
             self.velocities.append(velocity.clone())
             # Only as many are kept as may be read.
-            self.velocities[: -1 - self.history] = []
-            self.mean = velocity if self._exact(stretch) else self._fit(stretch, sample)
+            self.velocities[: -1 - self.depth] = []
+            # Before the first skipped step nothing has gone wrong; at the first stretch there is no
+            # earlier velocity.
+            exact = stretch.stop <= self.first_skipped or stretch.number == 0
+            self.mean = velocity if exact else self._fit(stretch, sample)
         assert self.mean is not None
         return self.mean
 
     def row(self) -> UnitPlan:
         """The step unit as fitted."""
-        gains = tuple(round(gain, _DECIMALS) for gain in self.gains)
-        return self.unit.model_copy(update={"cells": "".join(self.cells), "gains": gains})
-
-    def _exact(self, stretch: _Stretch) -> bool:
-        # Before the first skipped step nothing has gone wrong; at the first stretch there is no
-        # earlier velocity.
-        early = stretch.stop <= self.first_skipped or stretch.number == 0
-        if early:
-            for step in range(stretch.start + 1, stretch.stop):
-                self.cells[step] = SPANS[0]
-        return early
+        return self.unit.model_copy(update={"gains": None, "taps": tuple(self.taps)})
 
     def _fit(self, stretch: _Stretch, sample: Tensor) -> Tensor:
-        bases = self._bases(stretch)
-        velocity = self.velocities[-1]
-        moves = [velocity - self.velocities[-1 - depth] for depth in bases]
+        count = min(self.depth, stretch.number)
+        velocity, earlier = self.velocities[-1], self.velocities[-1 - count : -1][::-1]
         length = float(self.sigmas[stretch.stop] - self.sigmas[stretch.start])
         wanted = (self.truth[stretch.stop] - _flat(sample)) / length - _flat(velocity)
-        prior = np.array([self._prior(stretch, depth, length) for depth in bases])
-        basis = np.stack([_flat(move) for move in moves], axis=1)
-        found = fit_row(basis, wanted, prior)
-        self._write(stretch, dict(zip(bases, found.tolist(), strict=True)), length)
-        mean = velocity.double()
-        for coefficient, move in zip(found.tolist(), moves, strict=True):
-            mean = mean + coefficient * move.double()
-        return mean.to(velocity.dtype)
+        prior = np.array([self._prior(stretch, back, length) for back in range(1, count + 1)])
+        basis = np.stack([_flat(velocity - other) for other in earlier], axis=1)
+        found = np.round(fit_row(basis, wanted, prior), DECIMALS).tolist()
+        self.taps[stretch.start] = tuple(found)
+        return mean_velocity(velocity, earlier, found)
 
-    def _bases(self, stretch: _Stretch) -> list[int]:
-        """Depths of base that there are cells for: 1 for the correction, then skipped steps."""
-        room = min(self.history, stretch.number, stretch.stop - stretch.start)
-        return [1, *(depth for depth in range(2, room + 1) if self._span(stretch, depth))]
-
-    def _span(self, stretch: _Stretch, depth: int) -> int:
-        """Steps from the anchor back to a base, 0 if that has no symbol in a plan."""
-        span = stretch.start - self.computed[stretch.number - depth]
-        return span if span <= MAX_SPAN else 0
-
-    def _prior(self, stretch: _Stretch, depth: int, length: float) -> float:
-        """What the compiled plan's own cells come to."""
-        base = self.computed[stretch.number - depth]
-        return (
-            sum(
-                self._dsigma(step) * self.schedule.weight[step]
-                for step in range(stretch.start, stretch.stop)
-                if self.schedule.base[step] == base
-            )
-            / length
+    def _prior(self, stretch: _Stretch, back: int, length: float) -> float:
+        """What the compiled plan's own taps or cells come to."""
+        source, schedule = self.computed[stretch.number - back], self.schedule
+        if schedule.taps is not None:
+            return dict(schedule.taps[stretch.start]).get(source, 0.0)
+        moved = (
+            (self.sigmas[step + 1] - self.sigmas[step]) * schedule.weight[step]
+            for step in range(stretch.start, stretch.stop)
+            if schedule.base[step] == source
         )
-
-    def _dsigma(self, step: int) -> float:
-        return float(self.sigmas[step + 1] - self.sigmas[step])
-
-    def _write(self, stretch: _Stretch, coefficients: Mapping[int, float], length: float) -> None:
-        """Spread mean-velocity coefficients over the stretch's cells.
-
-        Each depth above 1 gets one skipped step, the first ones; the rest, and the computed step's
-        correction, share depth 1.
-        """
-        skipped = list(range(stretch.start + 1, stretch.stop))
-        deep = [depth for depth in coefficients if depth > 1]
-        owners = {1: [stretch.start]}
-        for step in skipped:
-            depth = deep.pop(0) if deep else 1
-            span = self._span(stretch, depth)
-            self.cells[step] = SPANS[span]
-            if span:
-                owners.setdefault(depth, []).append(step)
-        for depth, steps in owners.items():
-            weight = coefficients[depth] * length / sum(self._dsigma(step) for step in steps)
-            base = self.computed[stretch.number - depth]
-            slope = self.sigmas[stretch.start] - self.sigmas[base]
-            for step in steps:
-                rise = (self.sigmas[step] - self.sigmas[stretch.start]) / slope
-                self.gains[step] = weight if step == stretch.start else float(weight / rise)
+        return float(sum(moved)) / length
 
 
 def _uncached(pipe: Any, batch: Batch, plan: Plan) -> tuple[dict[int, Array], Tensor]:
@@ -296,14 +244,13 @@ def _plain(plan: Plan) -> Plan:
     """The same schedule, every skipped step plain reuse: what computed steps give is untouched."""
     unit = plan.step_unit
     assert unit is not None
-    cells = "".join(symbol if symbol == REFRESH else SPANS[0] for symbol in unit.cells)
-    return plan.model_copy(
-        update={
-            "units": _with_step(
-                plan, unit.model_copy(update={"cells": cells, "gains": (0.0,) * len(cells)})
-            )
-        }
-    )
+    row = unit.model_copy(update={"gains": None, "taps": ((),) * len(unit.cells)})
+    return plan.model_copy(update={"units": _with_step(plan, row), "schema_version": 2})
+
+
+def _as_multistep(plan: Plan) -> Plan:
+    certificate = plan.certificate.model_copy(update={"gains": "multistep"})
+    return plan.model_copy(update={"certificate": certificate})
 
 
 def _with_step(plan: Plan, row: UnitPlan) -> tuple[UnitPlan, ...]:
@@ -312,10 +259,7 @@ def _with_step(plan: Plan, row: UnitPlan) -> tuple[UnitPlan, ...]:
 
 def _fits(stats: CalibrationStats, plan: Plan, units: tuple[UnitPlan, ...]) -> bool:
     limit = plan.provenance.get("max_cache_bytes")
-    sizes = {group.name: size for group, size in zip(stats.groups, stats.group_bytes, strict=True)}
-    changed = plan.model_copy(update={"units": units})
-    held = changed.cache_bytes(sizes, stats.velocity_bytes, stats.output_bytes)
-    return limit is None or held <= limit
+    return limit is None or held_bytes(stats, plan.model_copy(update={"units": units})) <= limit
 
 
 def _flat(tensor: Tensor) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ def predict(anchor: Tensor, base: Tensor | None, weight: float) -> Tensor:
     if base is None or weight == 0.0:
         return anchor
     return _finite(torch.lerp(base, anchor, 1.0 + weight))
+
+
+def mean_velocity(value: Tensor, others: Sequence[Tensor], taps: Sequence[float]) -> Tensor:
+    """`value + sum of taps (value - other)`, accumulated in float32 at least."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    result = value.to(wide) * (1.0 + sum(taps))
+    for other, tap in zip(others, taps, strict=True):
+        result = result.add_(other.to(result), alpha=-tap)
+    return _finite(result.to(value.dtype))
 
 
 def difference(after: Tensor, before: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ skipped step `v_a + w (v_a - v_b)`, at a refreshed step with a gain `v + w (v - 
 skipped transformer calls still have to return something that the pipeline's own guidance
 arithmetic accepts; they return each branch's last computed output, and what the pipeline makes of
 them is replaced.
+
+A row with taps is a multistep method: a computed step hands on a mean of its own output and earlier
+ones, and the skipped steps after it repeat that mean.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from layercache.plan import Schedule
-from layercache.runtime.arithmetic import copied, predict, tensor_bytes
+from layercache.runtime.arithmetic import copied, mean_velocity, predict, tensor_bytes
 from layercache.runtime.groups import Branch
 
 
@@ -27,6 +30,8 @@ class StepRunner:
         self._on_problem = on_problem
         self._outputs: dict[Branch, Any] = {}
         self._guided: dict[int, Tensor] = {}
+        # What skipped steps repeat, by its computed step, where taps make it another tensor.
+        self._mixed: dict[int, Tensor] = {}
         self._callers: dict[int, frozenset[Branch]] = {}
         self.bytes_per_output: dict[Branch, int] = {}
         self.peak_guided_bytes = 0
@@ -44,7 +49,7 @@ class StepRunner:
 
     @property
     def _guided_bytes(self) -> int:
-        return sum(v.nbytes for v in self._guided.values())
+        return sum(v.nbytes for held in (self._guided, self._mixed) for v in held.values())
 
     def answer(self, step: int, branch: Branch) -> Any:
         """What a skipped call returns, or None if the call has to be computed."""
@@ -79,19 +84,12 @@ class StepRunner:
         schedule = self.schedule
         weight = schedule.weight[step]
         if not answered:
-            result = velocity
-            if schedule.refresh[step] and weight:
-                previous = self._guided.get(schedule.base[step])
-                if previous is None or previous.shape != velocity.shape:
-                    self._on_problem(f"step: what corrects step {step} was not stored")
-                else:
-                    result = predict(velocity, previous.to(velocity), weight)
-            if schedule.refresh[step] and schedule.last_use[step] > step:
-                self._guided[step] = velocity.detach().clone()
-                self._callers[step] = computed
-                self.peak_guided_bytes = max(self.peak_guided_bytes, self._guided_bytes)
+            result = self._corrected(step, velocity)
+            if schedule.refresh[step]:
+                self._store(step, velocity, result, computed)
             return result
-        anchor = self._guided.get(schedule.anchor[step])
+        source = schedule.anchor[step]
+        anchor = self._mixed.get(source, self._guided.get(source))
         base = self._guided.get(schedule.base[step]) if weight else None
         if anchor is None or (weight and base is None) or anchor.shape != velocity.shape:
             self._on_problem(f"step: what was stored for step {step} was lost within it")
@@ -99,31 +97,70 @@ class StepRunner:
         if computed or answered != self._callers[schedule.anchor[step]]:
             # The pipeline calls otherwise from here on, so what is stored serves no later step.
             self._on_problem(f"step: the calls at step {step} are not those that it predicts from")
-            self._guided.clear()
-            self._callers.clear()
+            self._drop_guided()
             return velocity
         return predict(anchor, base, weight).to(velocity)
+
+    def _corrected(self, step: int, velocity: Tensor) -> Tensor:
+        """What a computed step hands on: its own output, corrected with earlier ones."""
+        schedule = self.schedule
+        pairs: tuple[tuple[int, float], ...] = ()
+        if schedule.taps is not None:
+            pairs = schedule.taps[step]
+        elif schedule.refresh[step] and schedule.weight[step]:
+            pairs = ((schedule.base[step], schedule.weight[step]),)
+        if not pairs:
+            return velocity
+        earlier = [self._guided.get(source) for source, _ in pairs]
+        found = [v.to(velocity) for v in earlier if v is not None and v.shape == velocity.shape]
+        if len(found) < len(pairs):
+            self._on_problem(f"step: what corrects step {step} was not stored")
+            return velocity
+        if schedule.taps is None:
+            return predict(velocity, found[0], pairs[0][1])
+        return mean_velocity(velocity, found, [tap for _, tap in pairs])
+
+    def _store(
+        self, step: int, velocity: Tensor, result: Tensor, computed: frozenset[Branch]
+    ) -> None:
+        schedule = self.schedule
+        repeated = bool(schedule.last_mixed) and schedule.last_mixed[step] > step
+        if schedule.last_use[step] > step:
+            self._guided[step] = velocity.detach().clone()
+        if repeated:
+            # A copy, since nothing is known of what the scheduler does with what it is given.
+            self._mixed[step] = result.detach().clone()
+        if repeated or schedule.last_use[step] > step:
+            self._callers[step] = computed
+            self.peak_guided_bytes = max(self.peak_guided_bytes, self._guided_bytes)
 
     def finish_step(self, step: int) -> None:
         """Free what no step after `step` reads."""
         schedule = self.schedule
-        for stored in [s for s in self._guided if schedule.last_use[s] <= step]:
-            del self._guided[stored], self._callers[stored]
+        for held, uses in ((self._guided, schedule.last_use), (self._mixed, schedule.last_mixed)):
+            for stored in [s for s in held if uses[s] <= step]:
+                del held[stored]
+        for stored in [s for s in self._callers if s not in self._guided and s not in self._mixed]:
+            del self._callers[stored]
         if step + 1 >= len(schedule.cached) or not schedule.cached[step + 1]:
             self._outputs.clear()
 
     def flush(self, branch: Branch | None = None) -> None:
         """Drop what is held, of one branch or of all; guided outputs belong to all branches."""
-        self._guided.clear()
-        self._callers.clear()
+        self._drop_guided()
         if branch is None:
             self._outputs.clear()
         else:
             self._outputs.pop(branch, None)
 
+    def _drop_guided(self) -> None:
+        self._guided.clear()
+        self._mixed.clear()
+        self._callers.clear()
+
     def _stored(self, step: int) -> bool:
         schedule = self.schedule
-        needed = [schedule.anchor[step]]
-        if schedule.weight[step]:
-            needed.append(schedule.base[step])
-        return all(s in self._guided for s in needed)
+        anchor = schedule.anchor[step]
+        if anchor not in self._guided and anchor not in self._mixed:
+            return False
+        return not schedule.weight[step] or schedule.base[step] in self._guided

@@ -40,6 +40,9 @@ class Row:
     `group` is the position in `stats.groups`, or None for the step unit. `anchor` and `base` are -1
     where there is none; a refreshed step of the step unit with a correction has a base and no
     anchor. `weight` is w in r_a + w (r_a - r_b), or in v + w (v - v_base) at a refreshed step.
+
+    `taps` are the multistep coefficients of a step unit, as pairs (source, b) at each refreshed
+    step; they are what is run, and the bases are then only what the objective is of.
     """
 
     group: int | None
@@ -47,11 +50,12 @@ class Row:
     anchor: Sequence[int]
     base: Sequence[int]
     weight: Sequence[float]
+    taps: Sequence[Sequence[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a plan was asked to keep to. `fixed_ms` is paid by any plan, in all."""
+    """What a plan was asked to keep to. `depth` is how many refreshes back taps may reach."""
 
     budget_ms: float
     history: int
@@ -60,6 +64,7 @@ class Rules:
     max_gap: int | None = None
     forced: frozenset[int] = frozenset()
     max_cache_bytes: int | None = None
+    depth: int = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -165,6 +170,7 @@ def _broken_rules(stats: CalibrationStats, rows: Sequence[Row], rules: Rules) ->
         if not row.refresh[0]:
             broken.append(f"{name} is not refreshed at step 0")
             continue
+        broken += _broken_taps(name, row, rules.depth)
         seen: list[int] = []
         for step in range(steps):
             at = f"{name} at step {step}"
@@ -208,6 +214,28 @@ def _broken_rules(stats: CalibrationStats, rows: Sequence[Row], rules: Rules) ->
     return broken
 
 
+def _broken_taps(name: str, row: Row, depth: int) -> list[str]:
+    if row.taps is None:
+        return []
+    if row.group is not None or len(row.taps) != len(row.refresh):
+        return [f"{name} has {len(row.taps)} lists of taps for {len(row.refresh)} steps"]
+    broken = []
+    if any(weight != 0 for weight in row.weight):
+        broken.append(f"{name} has taps and weights")
+    for step, pairs in enumerate(row.taps):
+        before = [source for source in range(step) if row.refresh[source]]
+        reach = before[-depth:] if row.refresh[step] and depth > 0 else []
+        for source, tap in pairs:
+            if source not in reach:
+                broken.append(
+                    f"{name} at step {step} reads step {source}, not one of {depth} refreshes "
+                    "before a refresh"
+                )
+            if not math.isfinite(tap):
+                broken.append(f"{name} at step {step} has a coefficient of {tap}")
+    return broken
+
+
 def _cost(stats: CalibrationStats, rows: Sequence[Row]) -> float:
     """Milliseconds of the transformer: the rest of every run step, and what is refreshed."""
     cost = 0.0
@@ -232,18 +260,24 @@ def _peak_bytes(stats: CalibrationStats, rows: Sequence[Row]) -> int:
     for row in rows:
         size = stats.velocity_bytes if row.group is None else stats.group_bytes[row.group]
         for source in range(len(row.anchor)):
-            readers = [
-                later
-                for later in range(source + 1, len(row.anchor))
-                if source in (row.anchor[later], row.base[later])
-            ]
-            for now in range(source, max(readers, default=source - 1) + 1):
-                held[now] += size
+            for readers in _readers(row, source):
+                for now in range(source, max(readers, default=source - 1) + 1):
+                    held[now] += size
         if row.group is None:
             for now in range(steps):
                 if row.anchor[now] >= 0 or (now + 1 < steps and row.anchor[now + 1] >= 0):
                     held[now] += stats.output_bytes
     return max(held)
+
+
+def _readers(row: Row, source: int) -> list[list[int]]:
+    """Steps that read each of the tensors that a refresh leaves: its output, and a mean of it."""
+    later = range(source + 1, len(row.anchor))
+    repeating = [step for step in later if row.anchor[step] == source]
+    if row.taps is None:
+        return [repeating + [step for step in later if row.base[step] == source]]
+    tapping = [step for step in later if any(s == source for s, _ in row.taps[step])]
+    return [tapping, repeating] if row.taps[source] else [tapping + repeating]
 
 
 def _delta(stats: CalibrationStats, row: Row, prompt: int, step: int, source: int) -> FloatArray:
@@ -318,7 +352,14 @@ def _final_error(stats: CalibrationStats, rows: Sequence[Row]) -> tuple[FloatArr
                 anchor, base, weight = row.anchor[step], row.base[step], row.weight[step]
                 moved: FloatArray = np.zeros_like(total)
                 change: FloatArray = np.zeros_like(total)
-                if anchor >= 0:
+                if row.taps is not None:
+                    # A refreshed step moves by nothing, a skipped one by what its anchor left.
+                    source = step if row.refresh[step] else anchor
+                    if source != step:
+                        moved = _delta(stats, row, prompt, step, source)
+                    for earlier, tap in row.taps[source]:
+                        change = change + tap * (moved - _delta(stats, row, prompt, step, earlier))
+                elif anchor >= 0:
                     moved = _delta(stats, row, prompt, step, anchor)
                     if base >= 0:
                         change = weight * (moved - _delta(stats, row, prompt, step, base))
