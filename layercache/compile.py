@@ -33,8 +33,10 @@ from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, S
 from layercache.solver.dp import DynamicProgramme
 from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
 from layercache.solver.multistep import DEPTH
+from layercache.solver.multistep_search import MultistepSearch
 from layercache.solver.polish import StepPolish
 from layercache.solver.pricing import STEP_NAME, price_units
+from layercache.solver.problem import BoolArray
 from layercache.solver.resample import resample
 from layercache.solver.select import best_candidate
 from layercache.solver.solution import UnitSchedule, build_solution
@@ -139,6 +141,11 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         if skips and options.schedule_gains == "trajectory"
         else None
     )
+    search = (
+        MultistepSearch(stats, forced=problem.forced, max_gap=problem.max_gap)
+        if polish is not None and programme is not None and options.gains == "multistep"
+        else None
+    )
     plans = []
     for budget in budgets:
         limit = budget_ms(stats, budget)
@@ -154,6 +161,13 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
             raise _infeasible(stats, budget, error) from error
         try:
             plan = _best_plan(stats, budget, options, candidates, measured_steps)
+            if search is not None and plan.certificate.gains == "multistep":
+                run = search.better(np.array(plan.run_steps))
+                within = problem.with_budget(limit)
+                others = [] if run is None else _whole_steps(within, run, candidates[0])
+                if others:
+                    other = _best_plan(stats, budget, options, others, measured_steps)
+                    plan = other if other.certificate.gains == "multistep" else plan
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -179,13 +193,19 @@ def _polished(
         return []
     start = max(whole, key=lambda candidate: candidate.cost_ms)
     step = next(unit for unit in start.units if unit.name == STEP_NAME)
-    run = polish.search(step.refresh)
+    return _whole_steps(problem, polish.search(step.refresh), start)
+
+
+def _whole_steps(
+    problem: ScheduleProblem, run: BoolArray, like: ScheduleSolution
+) -> list[ScheduleSolution]:
+    """The schedule that computes everything at `run`, with another's bound, if it is allowed."""
     found = build_solution(
         problem,
         [run] * len(problem.units),
         [problem.history] * len(problem.units),
-        solver=start.solver,
-        lower_bound=start.lower_bound,
+        solver=like.solver,
+        lower_bound=like.lower_bound,
     )
     limit = problem.max_cache_bytes
     fits = limit is None or found.cache_bytes <= limit

@@ -61,7 +61,9 @@ def with_rows(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) ->
     psnr = predicted_psnr(stats, found.error)
     full = stats.num_steps * step_ms(stats)
     overhead = stats.num_steps * stats.overhead_ms
-    objective, bound = found.objective, changed.certificate.lower_bound
+    objective = found.objective
+    # The same prices added up in another order may come out a rounding below a tight bound.
+    bound = min(changed.certificate.lower_bound, objective)
     predicted = Predicted(
         speedup=(full + overhead) / (found.cost_ms + overhead),
         compute_share=found.cost_ms / full,
@@ -70,7 +72,9 @@ def with_rows(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) ->
         cache_bytes=found.cache_bytes,
     )
     gap = max(0.0, (objective - bound) / objective) if objective > 0 else 0.0
-    certificate = changed.certificate.model_copy(update={"objective": objective, "gap": gap})
+    certificate = changed.certificate.model_copy(
+        update={"objective": objective, "lower_bound": bound, "gap": gap}
+    )
     return changed.model_copy(update={"predicted": predicted, "certificate": certificate})
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from layercache.figures import held_bytes, with_rows
 from layercache.plan import IDLE, REFRESH, Plan
-from layercache.solver.multistep import DEPTH, fit_multistep
+from layercache.solver.multistep import DEPTH, Multistep
 from layercache.stats import CalibrationStats
 
 MOST_LOSS_DB = 2.0
@@ -32,8 +32,9 @@ def with_multistep(stats: CalibrationStats, plan: Plan, max_cache_bytes: int | N
     if unit is None or plan.certificate.gains != "trajectory" or cached or all(plan.run_steps):
         return plan
     run = np.array(plan.run_steps)
+    rows = Multistep(stats)
     for depth in range(DEPTH, 0, -1):
-        fit = fit_multistep(stats, run, depth)
+        fit = rows.fit(run, depth)
         row = unit.model_copy(update={"gains": None, "taps": fit.taps})
         units = [row if other.kind == "step" else other for other in plan.units]
         changed = plan.model_copy(

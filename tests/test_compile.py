@@ -17,6 +17,7 @@ from layercache import Budget, BudgetError, CalibrationStats, LayerCacheError, P
 from layercache.compile import pareto
 from layercache.errors import StatsError
 from layercache.options import Options
+from layercache.solver.multistep import DEPTH
 from layercache.solver.verify import Row, Rules, VerificationError, verify
 from tests.solver.strategies import random_stats
 
@@ -35,6 +36,7 @@ def rows_of(stats: CalibrationStats, plan: Plan) -> list[Row]:
             anchor=plan.schedules[unit.name].anchor,
             base=plan.schedules[unit.name].base,
             weight=plan.schedules[unit.name].weight,
+            taps=plan.schedules[unit.name].taps,
         )
         for unit in plan.units
     ]
@@ -46,10 +48,13 @@ def rules_of(stats: CalibrationStats, share: float, **changes: Any) -> Rules:
     return Rules(**arguments | changes)
 
 
+MODES = ["none", "unit", "cell", "trajectory"]
+
+
 @pytest.mark.parametrize(
     ("units", "gains", "solver"),
     [
-        *itertools.product(UNITS, ["none", "unit", "cell", "trajectory"], ["dp"]),
+        *itertools.product(UNITS, [*MODES, "multistep"], ["dp"]),
         (("groups",), "unit", "greedy"),
         (("step", "groups"), "trajectory", "greedy"),
     ],
@@ -73,7 +78,7 @@ def test_every_kind_of_plan_keeps_its_budget_and_round_trips(
     st.sampled_from(UNITS),
     st.floats(0.45, 1.0),
     st.integers(1, 3),
-    st.sampled_from(["unit", "cell", "trajectory"]),
+    st.sampled_from(["unit", "cell", "trajectory", "multistep"]),
 )
 def test_verification_accepts_every_plan(
     seed: int, units: tuple[str, ...], share: float, history: int, gains: str
@@ -284,7 +289,10 @@ def test_another_schedule_is_compiled_by_interpolation() -> None:
     [
         ({"solver": "ilp"}, "solver is 'ilp'; use 'dp' or 'greedy' or 'milp'"),
         ({"units": ("blocks",)}, "units is ('blocks',); use 'step', 'groups' or both"),
-        ({"gains": "best"}, "gains is 'best'; use 'none', 'unit', 'cell' or 'trajectory'"),
+        (
+            {"gains": "best"},
+            "gains is 'best'; use 'none', 'unit', 'cell', 'trajectory' or 'multistep'",
+        ),
         ({"history": 9}, "history is 9; 0 to 3 refreshes can be kept"),
     ],
 )
@@ -439,3 +447,90 @@ def test_the_chosen_schedule_has_the_least_error_left_out() -> None:
     best = min(near, key=lambda c: fit_gains(stats, c.units).score)
     plan = compile_plan(stats, 0.6)
     assert plan.certificate.objective == best.objective
+
+
+# -- multistep rows ----------------------------------------------------------------------------
+
+
+def multistep_plan(seed: int = 0, share: float = 0.5, **options: Any) -> Plan:
+    stats = random_stats(seed, steps=16, groups=2, prompts=4)
+    return compile_plan(stats, share, units=("step",), **options)
+
+
+def test_a_plan_of_whole_steps_is_a_multistep_method_by_default() -> None:
+    plan = multistep_plan()
+    assert plan.certificate.gains == "multistep" and plan.schema_version == 2
+    unit = plan.step_unit
+    assert unit is not None and unit.gains is None and unit.taps is not None
+    assert 1 <= max(map(len, unit.taps)) <= DEPTH
+    older = multistep_plan(gains="trajectory")
+    assert older.schema_version == 1
+    assert older.run_steps == plan.run_steps
+    assert older.certificate.objective == pytest.approx(plan.certificate.objective)
+
+
+def test_predicted_figures_of_a_multistep_plan_are_those_of_its_taps() -> None:
+    stats = random_stats(0, steps=16, groups=2, prompts=4)
+    plan = compile_plan(stats, 0.5, units=("step",))
+    unit = plan.step_unit
+    assert unit is not None and unit.taps is not None
+    velocities, steps = stats.velocities.astype(np.float64), stats.num_steps
+    total, errors, computed = np.zeros_like(velocities[:, 0]), [], []
+    used = total
+    for step in range(steps):
+        if plan.run_steps[step]:
+            used = velocities[:, step].copy()
+            for tap, earlier in zip(unit.taps[step], reversed(computed), strict=False):
+                used += tap * (velocities[:, step] - velocities[:, earlier])
+            computed.append(step)
+        total = total + (stats.sigmas[step + 1] - stats.sigmas[step]) * (used - velocities[:, step])
+        errors.append((total**2).sum(axis=1))
+    growth = np.append(stats.propagation, 0.0) ** 2
+    final = -np.diff(growth) @ np.array(errors) / stats.numel
+    psnr = -10 * np.log10(stats.image_gain * final)
+    assert plan.predicted.psnr_db == pytest.approx(psnr.mean(), abs=1e-4)
+    assert plan.predicted.psnr_worst_db == pytest.approx(psnr.min(), abs=1e-4)
+
+
+def test_few_bytes_leave_room_for_fewer_earlier_outputs() -> None:
+    free = multistep_plan()
+    depths = set()
+    for limit in range(free.predicted.cache_bytes, 0, -8):
+        try:
+            plan = multistep_plan(max_cache_bytes=limit)
+        except BudgetError:
+            break
+        assert plan.predicted.cache_bytes <= limit
+        unit = plan.step_unit
+        assert unit is not None
+        depths.add(0 if unit.taps is None else max(map(len, unit.taps)))
+    assert len(depths) > 1
+
+
+def test_rows_that_are_predicted_to_do_harm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layercache.taps.MOST_LOSS_DB", -1000.0)
+    plan = multistep_plan()
+    assert plan.certificate.gains == "trajectory" and plan.schema_version == 1
+
+
+def test_without_history_nothing_is_predicted() -> None:
+    plan = multistep_plan(history=0)
+    assert all(unit.taps is None for unit in plan.units)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda taps: (((0, 0.5),), *taps[1:]), "reads step 0, not one of 4 refreshes"),
+        (lambda taps: (*taps[:-1], ((0, 0.5),)), "not one of 4 refreshes before a refresh"),
+        (lambda taps: tuple(tuple((s, np.nan) for s, _ in row) for row in taps), "of nan"),
+        (lambda taps: taps[:-1], "lists of taps for 16 steps"),
+    ],
+)
+def test_verification_sees_wrong_taps(change: Any, complaint: str) -> None:
+    stats = random_stats(0, steps=16, groups=2, prompts=4)
+    plan = compile_plan(stats, 0.5, units=("step",))
+    (row,) = rows_of(stats, plan)
+    assert row.taps is not None
+    found = verify(stats, [replace(row, taps=change(row.taps))], rules_of(stats, 0.5))
+    assert any(complaint in broken for broken in found.broken), found.broken

@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "solver": {"errors", "stats"},
     "options": {"errors", "solver"},
     "figures": {"errors", "stats", "plan", "solver"},
-    "compile": {"figures", "errors", "stats", "plan", "solver", "options"},
+    "taps": {"stats", "plan", "solver", "figures"},
+    "compile": {"figures", "errors", "stats", "plan", "solver", "options", "taps"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
@@ -42,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "stats", "plan_rows", "plan", "solver", "options", "figures", "compile", "cli",
-    "cli_running", "cli_options", "__init__",
+    "errors", "stats", "plan_rows", "plan", "solver", "options", "figures", "taps", "compile",
+    "cli", "cli_running", "cli_options", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

@@ -120,7 +120,8 @@ GROUP = {"kind": "group", "block_list": "blocks", "start": 0, "stop": 4, "cells"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema_version 2.*upgrade"),
+        ({"schema_version": 3}, "schema_version 3.*upgrade"),
+        ({"schema_version": 2}, "schema_version is 2, but units without taps are of version 1"),
         ({"schema_version": True}, "schema_version True"),
         ({"surprise": 1}, "plan.surprise: Extra inputs"),
         ({"sigmas": [1.0] * 7}, "sigmas must fall strictly"),
@@ -218,3 +219,46 @@ def test_the_file_is_plain_json_without_nan(tmp_path: Path) -> None:
     Plan.from_dict(plan_dict()).save(tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text())
     assert data["units"][0]["cells"] == "##1#20"
+
+
+STEP_TAPS = {"kind": "step", "cells": "##1#1#", "taps": [[], [], [], [0.9, -0.2], [], [1.1]]}
+
+
+def tapped(**changes: object) -> dict[str, object]:
+    data = plan_dict(units=[STEP_TAPS | changes])
+    return data | {"schema_version": 2}
+
+
+def test_taps_are_resolved_to_steps_and_round_trip(tmp_path: Path) -> None:
+    plan = Plan.from_dict(tapped())
+    schedule = plan.schedules["step"]
+    assert schedule.taps == ((), (), (), ((1, 0.9), (0, -0.2)), (), ((3, 1.1),))
+    assert not any(schedule.weight)
+    # Step 1 is repeated at step 2 and read by step 3; of step 3 a mean is repeated at step 4.
+    assert schedule.last_use == (3, 3, -1, 5, -1, -1)
+    assert schedule.last_mixed == (-1, -1, -1, 4, -1, -1)
+    assert [schedule.stored_at(step) for step in range(6)] == [1, 2, 2, 4, 2, 1]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert "multistep" in plan.summary()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gains": [0.0] * 6}, "taps stand in the step unit only, and instead of gains"),
+        ({"taps": [[]] * 5}, "5 lists of taps for 6 cells"),
+        ({"taps": [[0.1], [], [], [], [], []]}, r"taps\[0\] has 1 coefficients.*0 can be"),
+        ({"taps": [[], [], [0.1], [], [], []]}, r"taps\[2\] has 1 coefficients.*0 can be"),
+        ({"taps": [[], [0.1, 0.2], [], [], [], []]}, r"taps\[1\] has 2 coefficients.*1 can be"),
+        ({"taps": [[], [float("inf")], [], [], [], []]}, "finite"),
+    ],
+)
+def test_wrong_taps_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.from_dict(tapped(**changes))
+
+
+def test_taps_need_the_version_that_has_them() -> None:
+    with pytest.raises(PlanError, match="units with taps are of version 2"):
+        Plan.from_dict(tapped() | {"schema_version": 1})

@@ -49,7 +49,11 @@ def test_the_schema_refuses_unknown_keys_at_every_level() -> None:
 @pytest.mark.parametrize(
     "place,value,message",
     [
-        (("schema_version",), 2, "the plan has schema_version 2; this LayerCache reads version 1"),
+        (
+            ("schema_version",),
+            3,
+            "the plan has schema_version 3; this LayerCache reads versions 1 and 2",
+        ),
         (("nonsense",), 1, "plan.nonsense: Extra inputs are not permitted"),
         (("units", 1, "cells"), ".0#.##.#", r"cells\[0\] is '.'; the first step must be refreshed"),
         (("units", 1, "cells"), "#0#0##.#", r"units\[1\].cells\[3\] is '0': a group is idle"),

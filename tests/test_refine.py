@@ -68,35 +68,54 @@ def always_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layercache.refine._psnr", lambda *_: next(values))
 
 
-@pytest.mark.parametrize("history", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("share", [0.35, 0.5, 0.8])
-def test_the_cells_give_the_mean_velocities_of_the_loop(
-    stats: CalibrationStats, history: int, share: float
+@pytest.mark.parametrize("gains", ["trajectory", "multistep"])
+def test_the_taps_give_the_mean_velocities_of_the_loop(
+    stats: CalibrationStats, depth: int, share: float, gains: str
 ) -> None:
-    plan = compile_plan(stats, share, units=("step",), history=history)
-    unit, sigmas = plan.step_unit, np.array(plan.sigmas)
+    plan = compile_plan(stats, share, units=("step",), gains=gains)
+    unit = plan.step_unit
     assert unit is not None
     rng = np.random.default_rng(0)
     velocities = torch.tensor(rng.standard_normal((STEPS, 3, 8)))
     truth = {step: rng.standard_normal((3, 8)) for step in range(STEPS + 1)}
-    loop = _ClosedLoop(plan, unit, history, truth)
+    loop = _ClosedLoop(plan, unit, depth, truth)
     sample, used = torch.zeros(3, 8, dtype=torch.float64), []
     for step in range(STEPS):
         used.append(loop.on_step(step, velocities[step], sample))
-        sample = sample + (sigmas[step + 1] - sigmas[step]) * used[-1]
+        sample = sample + (plan.sigmas[step + 1] - plan.sigmas[step]) * used[-1]
     row = loop.row()
-    schedule = row.schedule(plan.sigmas)
-    computed = [*np.flatnonzero(schedule.refresh).tolist(), STEPS]
-    for start, stop in itertools.pairwise(computed):
-        moved, wanted = torch.zeros(3, 8, dtype=torch.float64), torch.zeros(3, 8)
-        for step in range(start, stop):
-            source = step if schedule.refresh[step] else schedule.anchor[step]
-            value, weight = velocities[source], schedule.weight[step]
-            if weight:
-                value = value + weight * (value - velocities[schedule.base[step]])
-            moved = moved + (sigmas[step + 1] - sigmas[step]) * value
-            wanted = wanted + (sigmas[step + 1] - sigmas[step]) * used[step]
-        torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-4)
+    assert row.taps is not None and max(map(len, row.taps)) <= depth
+    computed: list[int] = []
+    for step, symbol in enumerate(row.cells):
+        if symbol == "#":
+            wanted = velocities[step].clone()
+            for tap, earlier in zip(row.taps[step], reversed(computed), strict=False):
+                wanted += tap * (velocities[step] - velocities[earlier])
+            computed.append(step)
+        torch.testing.assert_close(used[step], wanted)
+
+
+def test_a_fit_without_error_brings_the_run_back_to_the_uncached_one(
+    stats: CalibrationStats,
+) -> None:
+    """If the truth can be reached with the velocities at hand, the loop finds out how."""
+    plan = compile_plan(stats, 0.5, units=("step",))
+    unit = plan.step_unit
+    assert unit is not None
+    rng = np.random.default_rng(1)
+    start, slope = rng.standard_normal((2, 3, 50))
+    velocity = {s: start + plan.sigmas[s] * slope for s in range(STEPS)}
+    truth = {0: np.zeros((3, 50))}
+    for s in range(STEPS):
+        truth[s + 1] = truth[s] + (plan.sigmas[s + 1] - plan.sigmas[s]) * velocity[s]
+    loop = _ClosedLoop(plan, unit, 4, truth)
+    sample = torch.zeros(3, 50, dtype=torch.float64)
+    for s in range(STEPS):
+        used = loop.on_step(s, torch.tensor(velocity[s]), sample)
+        sample = sample + (plan.sigmas[s + 1] - plan.sigmas[s]) * used
+    np.testing.assert_allclose(sample.numpy(), truth[STEPS], atol=1e-3)
 
 
 def test_what_runs_before_the_first_skipped_step_is_untouched(
@@ -104,9 +123,9 @@ def test_what_runs_before_the_first_skipped_step_is_untouched(
 ) -> None:
     refined = refine(stats, compile_plan(stats, 0.6, units=("step",), forced=(1, 2, 3)))
     unit = refined.step_unit
-    assert unit is not None and unit.gains is not None
+    assert unit is not None and unit.taps is not None
     assert unit.cells.startswith("####")
-    assert not any(unit.gains[:3])
+    assert not any(unit.taps[:3]) and any(unit.taps)
 
 
 def test_a_fit_that_does_harm_is_not_kept(
@@ -155,11 +174,10 @@ def test_another_number_of_steps_is_refused(stats: CalibrationStats) -> None:
 
 
 def test_a_memory_limit_of_the_plan_is_kept(stats: CalibrationStats, always_kept: None) -> None:
-    plan = compile_plan(stats, 0.4, units=("step",), history=1)
+    plan = compile_plan(stats, 0.5, units=("step",), gains="trajectory", history=1)
     limit = plan.predicted.cache_bytes
-    # The same plan, allowed deeper bases than it has the memory for.
-    asked = plan.provenance | {"max_cache_bytes": limit, "history": 3}
+    # The same plan, which may now use more earlier outputs than it has the memory for.
+    asked = plan.provenance | {"max_cache_bytes": limit}
     limited = plan.model_copy(update={"provenance": asked})
     assert refine(stats, limited).predicted.cache_bytes <= limit
-    free = plan.model_copy(update={"provenance": plan.provenance | {"history": 3}})
-    assert refine(stats, free).predicted.cache_bytes > limit
+    assert refine(stats, plan).predicted.cache_bytes > limit

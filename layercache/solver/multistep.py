@@ -14,14 +14,15 @@ a and v the exact velocities, the error at e is
 where A is the growth of an error until the end (`stats.propagation`). Each row minimises the error
 at the end of its own stretch, given what the rows before have left:
 
-    sum_p u_p ||S_e,p||^2 + RIDGE sum_h d_h (b_ah - b0_ah)^2,
+    sum_p u_p ||S_e,p||^2 + ridge sum_h d_h (b_ah - b0_ah)^2,
 
 d_h the weighted square of the move that b_ah multiplies, b0 the second-order method of Adams and
-Bashforth, and u_p the inverse of the error that prompt p is left with (three rounds), so that what
-falls is the mean of decibels. Errors are paid back at the next computed step, before they grow, and
-no row relies on a later one. That is why the rows hold on the accelerated run, whose velocities are
-not quite those of the fit; a joint least squares over all rows leans on cancellations that the
-accelerated run does not make (docs/findings.md has the comparison).
+Bashforth, u_p the inverse of the error that prompt p is left with (three rounds), so that what
+falls is the mean of decibels, and the ridge the one that is best on prompts left out. Errors are
+paid back at the next computed step, before they grow, and no row relies on a later one. That is why
+the rows hold on the accelerated run, whose velocities are not quite those of the fit; a joint least
+squares over all rows leans on cancellations that the accelerated run does not make
+(docs/findings.md has the comparison).
 
 All errors are combinations of velocities with the same coefficients for every prompt, so the fit
 needs nothing but each prompt's T x T Gram matrix.
@@ -32,9 +33,11 @@ fits them by gradients through the model); the fit from calibration statistics i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from layercache.solver.problem import BoolArray, FloatArray
 from layercache.stats import CalibrationStats
@@ -42,12 +45,12 @@ from layercache.stats import CalibrationStats
 DEPTH = 4
 """Earlier computed steps that a row may use. Two lost 0.4 dB, six gained 0.05 (mean of four
 budgets, 32 validation prompts)."""
-RIDGE = 0.01
-"""0.03 lost 0.3 dB; 0.001 lost 0.4 at half the compute and won nothing elsewhere."""
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 DECIMALS = 6
 _ROUNDS = 3
 _SPREAD = 100.0
 """No prompt counts for more than this many times the typical one."""
+_TINY = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,65 +67,144 @@ class MultistepFit:
     error: FloatArray
 
 
-def fit_multistep(stats: CalibrationStats, run: BoolArray, depth: int = DEPTH) -> MultistepFit:
-    """Fit the coefficients of a step schedule.
-
-    Args:
-        stats: The statistics.
-        run: (T,) whether each step is computed; step 0 is.
-        depth: Most earlier computed steps that a row may use.
+class Multistep:
+    """Fits schedules of one set of statistics.
 
     Example:
-        >>> fit = fit_multistep(stats, plan.run_steps)  # doctest: +SKIP
+        >>> fit = Multistep(stats).fit(np.array(plan.run_steps))  # doctest: +SKIP
         >>> fit.taps[20]  # doctest: +SKIP
         (0.731, -0.204, 0.05, -0.011)
     """
-    velocities = np.asarray(stats.velocities, dtype=np.float64)
-    gram: FloatArray = velocities @ velocities.swapaxes(1, 2)
-    sigmas = np.asarray(stats.sigmas, dtype=np.float64)
-    dsigma, growth = np.diff(sigmas), np.append(stats.propagation, stats.propagation[-1])
-    computed = np.flatnonzero(run)
-    skipped = np.flatnonzero(~np.asarray(run, dtype=bool))
-    first = int(skipped[0]) if len(skipped) else len(dsigma)
-    taps: list[tuple[float, ...]] = [()] * len(dsigma)
-    # S as coefficients of the velocities: one row that all prompts share.
-    error: FloatArray = np.zeros(len(dsigma))
-    for number, (start, stop) in enumerate(
-        zip(computed, [*computed[1:], len(dsigma)], strict=True)
-    ):
-        length = sigmas[stop] - sigmas[start]
-        error = error * (growth[start] / growth[stop])
-        error[start:stop] -= dsigma[start:stop]
-        error[start] += length
-        if number == 0 or stop <= first or depth < 1:
-            continue  # no earlier velocity, or nothing to make good
-        earlier = computed[max(0, number - depth) : number][::-1]
-        moves: FloatArray = np.zeros((len(earlier), len(dsigma)))
-        moves[:, start] = length
-        moves[np.arange(len(earlier)), earlier] -= length
-        prior = np.zeros(len(earlier))
-        prior[0] = 0.5 * length / (sigmas[start] - sigmas[earlier[0]])
-        found = np.round(prior + _row(gram, error + prior @ moves, moves), DECIMALS)
-        error = error + found @ moves
-        taps[start] = tuple(found.tolist())
-    final = np.einsum("s,pst,t->p", error, gram, error) * stats.propagation[-1] ** 2
-    return MultistepFit(tuple(taps), np.maximum(final, 0.0) / stats.numel)
+
+    def __init__(self, stats: CalibrationStats) -> None:
+        velocities = np.asarray(stats.velocities, dtype=np.float64)
+        self.gram: FloatArray = velocities @ velocities.swapaxes(1, 2)
+        self.sigmas = np.asarray(stats.sigmas, dtype=np.float64)
+        self.growth = np.append(stats.propagation, stats.propagation[-1])
+        self.numel = stats.numel
+
+    def fit(self, run: BoolArray, depth: int = DEPTH) -> MultistepFit:
+        """The coefficients of a step schedule.
+
+        Args:
+            run: (T,) whether each step is computed; step 0 is.
+            depth: Most earlier computed steps that a row may use.
+        """
+        taps, error = self._walk(run, depth, lambda row: np.round(_fitted(row), DECIMALS))
+        return MultistepFit(taps, error)
+
+    def score(self, run: BoolArray, ridge: float, depth: int = DEPTH) -> float:
+        """Mean log10 of the error that rows with one and the same ridge would leave."""
+
+        def solve(row: _Row) -> FloatArray:
+            found: FloatArray = row.prior + row.solve(1 / row.square[None], ridge)[0]
+            return found
+
+        _, error = self._walk(run, depth, solve)
+        return float(np.log10(np.maximum(error, _TINY)).mean())
+
+    def _walk(
+        self, run: BoolArray, depth: int, solve: Callable[[_Row], FloatArray]
+    ) -> tuple[tuple[tuple[float, ...], ...], FloatArray]:
+        """Coefficients of every step as `solve` finds them, and the final error (P,)."""
+        sigmas, gram, steps = self.sigmas, self.gram, len(self.sigmas) - 1
+        dsigma = np.diff(sigmas)
+        run = np.asarray(run, dtype=bool)
+        computed = np.flatnonzero(run)
+        first = steps if run.all() else int(np.argmin(run))
+        taps: list[tuple[float, ...]] = [()] * steps
+        # S as coefficients of the velocities: one row that all prompts share.
+        error: FloatArray = np.zeros(steps)
+        stops = [*computed[1:].tolist(), steps]
+        for number, (start, stop) in enumerate(zip(computed.tolist(), stops, strict=True)):
+            length = sigmas[stop] - sigmas[start]
+            error = error * (self.growth[start] / self.growth[stop])
+            error[start:stop] -= dsigma[start:stop]
+            error[start] += length
+            if number == 0 or stop <= first or depth < 1:
+                continue  # no earlier velocity, or nothing to make good
+            earlier = computed[max(0, number - depth) : number][::-1]
+            prior = np.zeros(len(earlier))
+            prior[0] = 0.5 * length / (sigmas[start] - sigmas[earlier[0]])
+            found = solve(_row(gram, error, start, earlier, length, prior))
+            error[start] += length * found.sum()
+            error[earlier] -= length * found
+            taps[start] = tuple(found.tolist())
+        final = np.einsum("s,pst,t->p", error, gram, error) * self.growth[-1] ** 2
+        return tuple(taps), np.maximum(final, 0.0) / self.numel
 
 
-def _row(gram: FloatArray, rest: FloatArray, moves: FloatArray) -> FloatArray:
-    """(h,) what to add to the prior, whose error is `rest`; errors and moves over velocities."""
-    seen = moves @ gram
-    right, normal = seen @ rest, seen @ moves.T
-    square = np.maximum(np.einsum("s,pst,t->p", rest, gram, rest), 1e-300)
-    weights, found = 1 / square, np.zeros(len(moves))
+def _fitted(row: _Row) -> FloatArray:
+    """The coefficients, with weights and ridge chosen."""
+    count = len(row.square)
+    everyone = np.ones((1, count))
+    others = 1 - np.eye(count) if count > 1 else everyone
+    weights = 1 / row.square
+    found: FloatArray = np.zeros(len(row.prior))
     for _ in range(_ROUNDS):
-        weights = weights / weights.sum()
-        total = np.tensordot(weights, normal, axes=1)
-        # A move that no prompt makes keeps its prior; the floor makes the system regular.
-        size = np.sqrt(np.maximum(np.diagonal(total), 1e-12 * max(total.max(), 1e-300)))
-        system = total / size[:, None] / size + RIDGE * np.eye(len(size))
-        found = -np.linalg.solve(system, (weights @ right) / size) / size
-        left = square + 2 * right @ found + (normal @ found) @ found
-        floor = np.exp(np.log(np.maximum(left, 1e-300)).mean()) / _SPREAD
-        weights = 1 / np.maximum(left, max(floor, 1e-300))
-    return found
+        ridge = min(RIDGES, key=lambda r: row.score(row.solve(others * weights, r)))
+        (found,) = row.solve(everyone * weights, ridge)
+        left = np.maximum(row.left(found[None]), _TINY)
+        weights = 1 / np.maximum(left, np.exp(np.log(left).mean()) / _SPREAD)
+    return row.prior + found
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One row's least squares, by inner products of each prompt.
+
+    Shapes: prior (h,); square (P,) of the error under the prior; right (P, h) and normal (P, h, h)
+    of the moves; loud (P,) what a move would be if nothing in it cancelled.
+    """
+
+    prior: FloatArray
+    square: FloatArray
+    right: FloatArray
+    normal: FloatArray
+    loud: FloatArray
+
+    def solve(self, weights: FloatArray, ridge: float) -> FloatArray:
+        """(K, h) what to add to the prior, for K weightings (K, P) of the prompts."""
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        total = np.tensordot(weights, self.normal, axes=1)
+        # Where velocities stand still a move is but rounding, and keeps its prior.
+        floor = np.maximum(1e-12 * (weights @ self.loud), _TINY)[:, None]
+        size = np.sqrt(np.maximum(np.diagonal(total, axis1=1, axis2=2), floor))
+        system = total / size[:, :, None] / size[:, None, :] + ridge * np.eye(size.shape[1])
+        right = weights @ self.right / size
+        result: FloatArray = -np.linalg.solve(system, right[..., None])[..., 0] / size
+        return result
+
+    def left(self, found: FloatArray) -> FloatArray:
+        """(P,) squared error of each prompt under its own coefficients (P, h), or shared (1, h)."""
+        seen = (self.normal @ found[..., None])[..., 0]
+        result: FloatArray = self.square + (found * (2 * self.right + seen)).sum(axis=1)
+        return result
+
+    def score(self, found: FloatArray) -> float:
+        """Mean log of the squared error: up to constants, of decibels."""
+        return float(np.log(np.maximum(self.left(found), _TINY)).mean())
+
+
+def _row(
+    gram: FloatArray,
+    error: FloatArray,
+    start: int,
+    earlier: NDArray[np.int64],
+    length: float,
+    prior: FloatArray,
+) -> _Row:
+    """The inner products of the moves `length (v_start - v_earlier)` and of the error so far."""
+    rest = error.copy()
+    rest[start] += length * prior.sum()
+    rest[earlier] -= length * prior
+    seen = gram @ rest
+    own, crossed = gram[:, start, start], gram[:, start][:, earlier]
+    among = gram[:, earlier[:, None], earlier]
+    return _Row(
+        prior=prior,
+        square=np.maximum(seen @ rest, _TINY),
+        right=length * (seen[:, start, None] - seen[:, earlier]),
+        normal=length**2 * (own[:, None, None] - crossed[:, :, None] - crossed[:, None, :] + among),
+        loud=length**2 * own,
+    )

@@ -274,7 +274,7 @@ def _readers(row: Row, source: int) -> list[list[int]]:
     """Steps that read each of the tensors that a refresh leaves: its output, and a mean of it."""
     later = range(source + 1, len(row.anchor))
     repeating = [step for step in later if row.anchor[step] == source]
-    if row.taps is None:
+    if row.taps is None or len(row.taps) != len(row.anchor):
         return [repeating + [step for step in later if row.base[step] == source]]
     tapping = [step for step in later if any(s == source for s, _ in row.taps[step])]
     return [tapping, repeating] if row.taps[source] else [tapping + repeating]

@@ -21,7 +21,15 @@ from tqdm import tqdm
 from layercache.models import adapter_for, model_fingerprint
 from layercache.models.adapters import blocks_of, read_outputs, read_streams, write_outputs
 from layercache.models.stepping import sigmas_of
-from layercache.plan import Budget, Certificate, ModelFingerprint, Plan, Predicted, UnitPlan
+from layercache.plan import (
+    Budget,
+    Certificate,
+    ModelFingerprint,
+    Plan,
+    Predicted,
+    UnitPlan,
+    version_for,
+)
 from tests.models.zoo import tensors_of
 
 MAIN = ("x", "hidden_states", "vision_tokens")
@@ -112,9 +120,18 @@ def group(
     return UnitPlan(kind="group", block_list=name, start=start, stop=stop, cells=cells, gains=gains)
 
 
-def step(cells: str, gains: Sequence[float] | None = None) -> UnitPlan:
+def step(
+    cells: str,
+    gains: Sequence[float] | None = None,
+    taps: Sequence[Sequence[float]] | None = None,
+) -> UnitPlan:
     """The step unit's row."""
-    return UnitPlan(kind="step", cells=cells, gains=None if gains is None else tuple(gains))
+    return UnitPlan(
+        kind="step",
+        cells=cells,
+        gains=None if gains is None else tuple(gains),
+        taps=None if taps is None else tuple(tuple(row) for row in taps),
+    )
 
 
 def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) -> Plan:
@@ -122,6 +139,7 @@ def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) 
     if "sigmas" not in changes:
         pipe.scheduler.set_timesteps(steps)
     fields: dict[str, Any] = {
+        "schema_version": version_for(units),
         "generator": "tests",
         "model": ModelFingerprint(**model_fingerprint(pipe.transformer)),
         "setting": {},
@@ -148,13 +166,24 @@ def random_units(
     if with_step:
         cells, gains = _random_row(runs, rng, correct=True)
         runs = [symbol == "#" for symbol in cells]
-        units.append(step(cells, gains))
+        taps = _random_taps(cells, rng)
+        units.append(step(cells, taps=taps) if rng.random() < 0.5 else step(cells, gains))
     for name, count in block_lists.items():
         cuts = sorted(rng.sample(range(count + 1), k=min(count + 1, rng.randint(2, 4))))
         for start, stop in itertools.pairwise(cuts):
             cells, gains = _random_row(runs, rng, correct=False)
             units.append(group(name, start, stop, cells, gains))
     return units
+
+
+def _random_taps(cells: str, rng: random.Random) -> list[list[float]]:
+    """Up to four coefficients at some computed steps, now and then one of 0."""
+    taps: list[list[float]] = []
+    for index, symbol in enumerate(cells):
+        most = min(cells[:index].count("#"), 4) if symbol == "#" else 0
+        count = rng.randint(0, most)
+        taps.append([rng.choice([0.0, rng.uniform(-0.4, 0.4)]) for _ in range(count)])
+    return taps
 
 
 def _random_row(runs: Sequence[bool], rng: random.Random, correct: bool) -> tuple[str, list[float]]:
@@ -224,6 +253,13 @@ class SlowRuntime:
                 if gain:
                     previous = max(s for s in velocities if s < index)
                     used = used + gain * (used - velocities[previous])
+                if whole is not None and whole.taps is not None:
+                    earlier = sorted((s for s in velocities if s < index), reverse=True)
+                    for source, tap in zip(earlier, whole.taps[index], strict=False):
+                        used = used + tap * (velocities[index] - velocities[source])
+                handed_on = used
+            elif whole is not None and whole.taps is not None:
+                used = handed_on
             else:
                 assert whole is not None
                 used = self._predict(whole, index, velocities)

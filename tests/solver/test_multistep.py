@@ -1,0 +1,108 @@
+"""Multistep coefficients. Oracle: the error of every prompt as a vector, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layercache.solver.multistep import DECIMALS, DEPTH, Multistep
+from layercache.stats import CalibrationStats
+from tests.solver.strategies import random_stats
+
+
+def random_run(rng: np.random.Generator, steps: int) -> np.ndarray:
+    run = rng.random(steps) < rng.uniform(0.3, 0.9)
+    run[0] = True
+    return run
+
+
+def direct_error(
+    stats: CalibrationStats, run: np.ndarray, taps: tuple[tuple[float, ...], ...]
+) -> np.ndarray:
+    """(P,) final squared error an element: each stretch's own error, grown to the end of it."""
+    velocities = stats.velocities.astype(np.float64)
+    growth = [*stats.propagation, stats.propagation[-1]]
+    error = np.zeros_like(velocities[:, 0])
+    computed: list[int] = []
+    used = error
+    for step in range(stats.num_steps):
+        if run[step]:
+            used = velocities[:, step].copy()
+            for tap, earlier in zip(taps[step], reversed(computed), strict=False):
+                used += tap * (velocities[:, step] - velocities[:, earlier])
+            stop = next((s for s in range(step + 1, stats.num_steps) if run[s]), stats.num_steps)
+            error = error * growth[step] / growth[stop]
+            computed.append(step)
+        error = error + (stats.sigmas[step + 1] - stats.sigmas[step]) * (used - velocities[:, step])
+    return np.asarray((error**2).sum(axis=1) * growth[-1] ** 2 / stats.numel)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000))
+def test_the_foreseen_error_is_the_direct_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    stats = random_stats(seed)
+    run = random_run(rng, stats.num_steps)
+    fit = Multistep(stats).fit(run, depth=int(rng.integers(0, 6)))
+    assert fit.error == pytest.approx(direct_error(stats, run, fit.taps), rel=1e-4, abs=1e-12)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000), st.integers(0, 5))
+def test_taps_stand_where_a_plan_may_have_them(seed: int, depth: int) -> None:
+    stats = random_stats(seed)
+    run = random_run(np.random.default_rng(seed), stats.num_steps)
+    fit = Multistep(stats).fit(run, depth)
+    first = int(np.flatnonzero(~run)[0]) if not run.all() else stats.num_steps
+    for step, taps in enumerate(fit.taps):
+        before = int(run[:step].sum())
+        # What ends before the first skipped step is exact as it is.
+        corrected = run[step] and before > 0 and step + 1 >= first and not run.all()
+        assert len(taps) == (min(before, depth) if corrected else 0)
+        assert all(tap == round(tap, DECIMALS) for tap in taps)
+
+
+def test_velocities_on_a_line_are_followed() -> None:
+    stats = random_stats(3, noise=0.0)
+    rng = np.random.default_rng(0)
+    start, slope = rng.standard_normal((2, *stats.velocities[:, :1].shape))
+    straight = start + slope * stats.sigmas[:-1, None]
+    stats = replace(stats, velocities=straight.astype(np.float32))
+    run = np.arange(stats.num_steps) % 3 != 2
+    plain = direct_error(stats, run, ((),) * stats.num_steps)
+    assert (Multistep(stats).fit(run).error < 1e-4 * plain).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_more_earlier_velocities_do_not_hurt_the_fit(seed: int) -> None:
+    stats = random_stats(seed, prompts=6)
+    run = np.arange(stats.num_steps) % 2 == 0
+    none, one, most = (
+        np.log(Multistep(stats).fit(run, depth).error).mean() for depth in (0, 1, DEPTH)
+    )
+    assert one < none - 0.3 and most < one + 0.2
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1000))
+def test_neither_order_nor_size_of_prompts_matters(seed: int) -> None:
+    stats = random_stats(seed)
+    run = random_run(np.random.default_rng(seed), stats.num_steps)
+    fit = Multistep(stats).fit(run)
+    turned = Multistep(stats.select([2, 0, 3, 1])).fit(run)
+    louder = Multistep(replace(stats, velocities=1000 * stats.velocities)).fit(run)
+    for other in (turned, louder):
+        for mine, theirs in zip(fit.taps, other.taps, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_velocities_that_stand_still_leave_nothing_to_fit() -> None:
+    stats = random_stats(1)
+    still = np.broadcast_to(stats.velocities[:, :1], stats.velocities.shape).copy()
+    fit = Multistep(replace(stats, velocities=still)).fit(np.arange(stats.num_steps) % 2 == 0)
+    assert np.isfinite([tap for taps in fit.taps for tap in taps]).all()
+    assert fit.error == pytest.approx(0.0, abs=1e-10)
