@@ -49,7 +49,7 @@ def refine(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Fit a plan's gains again while it runs; pays at 2x and above."""
+    """Fit a plan's coefficients again while it runs; can pay at 4x and above."""
     from layercache.refine import refine_plan
 
     prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
@@ -139,7 +139,11 @@ def evaluate(
 )
 @click.option("--quick", is_flag=True, help="Few prompts and settings; a few minutes.")
 @click.option("--methods", help="Only these methods, with commas between; the default is all.")
-@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help="Timed runs of every setting; 3 if not given, and 1 with --quick.",
+)
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
@@ -163,7 +167,7 @@ def bench(
     scenario: str,
     quick: bool,
     methods: str | None,
-    rounds: int,
+    rounds: int | None,
     clock: Any,
     lpips: Path | None,
     results: Path | None,
@@ -178,7 +182,8 @@ def bench(
     from layercache.evaluation.bench.run import run_bench
     from layercache.evaluation.bench.scenario import MAIN, QUICK, SCENARIOS, BenchSize
 
-    size = replace(QUICK if quick else BenchSize(), rounds=rounds)
+    size = QUICK if quick else BenchSize()
+    size = size if rounds is None else replace(size, rounds=rounds)
     chosen = [MAIN] if quick and scenario == "both" else None
     chosen = chosen or [s for name, s in SCENARIOS.items() if scenario in (name, "both")]
     if ablation:

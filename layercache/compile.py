@@ -1,8 +1,9 @@
 """`compile_plan`: where statistics, solvers and plans meet.
 
 Statistics are priced, a solver proposes schedules, gains are fitted to each, and the schedule whose
-final error is predicted to be least on prompts left out of the fit becomes the plan. Every plan is
-then recomputed from the statistics by `solver.verify`, which shares no code with the solvers.
+final error is predicted to be least on prompts left out of the fit becomes the plan. If it skips
+whole steps only, multistep rows take the place of its gains. Every plan is then recomputed from the
+statistics by `solver.verify`, which shares no code with the solvers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from layercache.plan import (
 from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
 from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
-from layercache.solver.multistep import DEPTH
+from layercache.solver.multistep import Multistep, depth_for
 from layercache.solver.multistep_search import MultistepSearch
 from layercache.solver.polish import StepPolish
 from layercache.solver.pricing import STEP_NAME, price_units
@@ -42,7 +43,7 @@ from layercache.solver.select import best_candidate
 from layercache.solver.solution import UnitSchedule, build_solution
 from layercache.solver.verify import Rules
 from layercache.stats import CalibrationStats, FloatArray
-from layercache.taps import with_multistep
+from layercache.taps import taps_of, with_multistep
 
 
 def compile_plan(
@@ -141,9 +142,10 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         if skips and options.schedule_gains == "trajectory"
         else None
     )
+    rows = Multistep(stats) if options.gains == "multistep" and skips else None
     search = (
-        MultistepSearch(stats, forced=problem.forced, max_gap=problem.max_gap)
-        if polish is not None and programme is not None and options.gains == "multistep"
+        MultistepSearch(rows, forced=problem.forced, max_gap=problem.max_gap)
+        if rows is not None and programme is not None
         else None
     )
     plans = []
@@ -160,14 +162,14 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         except InfeasibleBudgetError as error:
             raise _infeasible(stats, budget, error) from error
         try:
-            plan = _best_plan(stats, budget, options, candidates, measured_steps)
-            if search is not None and plan.certificate.gains == "multistep":
-                run = search.better(np.array(plan.run_steps))
+            plan = _best_plan(stats, budget, options, candidates, measured_steps, rows)
+            if search is not None and (depth := taps_of(plan)):
+                run = search.better(np.array(plan.run_steps), depth)
                 within = problem.with_budget(limit)
                 others = [] if run is None else _whole_steps(within, run, candidates[0])
                 if others:
-                    other = _best_plan(stats, budget, options, others, measured_steps)
-                    plan = other if other.certificate.gains == "multistep" else plan
+                    other = _best_plan(stats, budget, options, others, measured_steps, rows)
+                    plan = other if taps_of(other) >= depth else plan
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -218,6 +220,7 @@ def _best_plan(
     options: Options,
     candidates: Sequence[ScheduleSolution],
     measured_steps: int,
+    rows: Multistep | None,
 ) -> Plan:
     limit = options.max_cache_bytes
     solution, fit = best_candidate(stats, candidates, options.schedule_gains)
@@ -226,9 +229,7 @@ def _best_plan(
         # Corrections keep one more output alive, which the solver did not count.
         solution, fit = best_candidate(stats, candidates, options.schedule_gains, corrections=False)
         plan = _plan(stats, budget, options, solution, fit, measured_steps)
-    if options.gains == "multistep" and options.history > 0:
-        plan = with_multistep(stats, plan, limit)
-    return plan
+    return plan if rows is None else with_multistep(stats, rows, plan, limit)
 
 
 def _problem(stats: CalibrationStats, options: Options) -> ScheduleProblem:
@@ -255,7 +256,7 @@ def _rules(options: Options, limit_ms: float) -> Rules:
         max_gap=options.max_gap,
         forced=frozenset(options.forced),
         max_cache_bytes=options.max_cache_bytes,
-        depth=DEPTH if _history(options) > 0 else 0,
+        depth=depth_for(_history(options)),
     )
 
 

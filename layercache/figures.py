@@ -13,7 +13,7 @@ import numpy as np
 
 from layercache.plan import Budget, Plan, Predicted, UnitPlan, version_for
 from layercache.solver.gains import predicted_psnr
-from layercache.solver.multistep import DEPTH
+from layercache.solver.multistep import depth_for
 from layercache.solver.resample import resample
 from layercache.solver.verify import Row, Rules, VerificationError, verify
 from layercache.stats import CalibrationStats
@@ -111,7 +111,7 @@ def rules_of(stats: CalibrationStats, plan: Plan) -> Rules:
         max_gap=asked["max_gap"],
         forced=frozenset(asked["forced"]),
         max_cache_bytes=asked["max_cache_bytes"],
-        depth=DEPTH if asked["history"] > 0 else 0,
+        depth=depth_for(asked["history"]),
     )
 
 

@@ -304,8 +304,8 @@ class Plan(Frozen):
         """Peak bytes of all tensors that the runtime holds between steps, for one image.
 
         A residual is held from its refresh until the last step that reads it; the step unit holds
-        guided outputs likewise, and the branches' outputs of the last computed step wherever a
-        step is skipped.
+        guided outputs likewise, the mean that skipped steps repeat, and the branches' outputs of
+        the last computed step wherever a step is skipped.
         """
         peak = 0
         for step in range(self.num_steps):

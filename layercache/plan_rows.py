@@ -15,6 +15,9 @@ REFRESH = "#"
 IDLE = "."
 SPANS = "0123456789abcdefghijklmnopqrstuvwxyz"
 MAX_SPAN = len(SPANS) - 1
+MAX_TAPS = 35
+MAX_TAP_SUM = 1e6
+"""Of the absolute coefficients of one step; beyond, float32 has nothing left of the velocity."""
 
 
 class Frozen(BaseModel):
@@ -115,11 +118,16 @@ class UnitPlan(Frozen):
             raise ValueError(f"{len(taps)} lists of taps for {len(self.cells)} cells")
         computed = 0
         for step, (symbol, row) in enumerate(zip(self.cells, taps, strict=True)):
-            most = computed if symbol == REFRESH else 0
+            most = min(computed, MAX_TAPS) if symbol == REFRESH else 0
             if len(row) > most:
                 raise ValueError(
                     f"taps[{step}] has {len(row)} coefficients and the cell is {symbol!r} with "
                     f"{computed} computed steps before it: {most} can be"
+                )
+            if sum(abs(tap) for tap in row) > MAX_TAP_SUM:
+                raise ValueError(
+                    f"taps[{step}] add up to {sum(abs(tap) for tap in row):g} in absolute value; "
+                    f"{MAX_TAP_SUM:g} can be"
                 )
             computed += symbol == REFRESH
 

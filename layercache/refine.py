@@ -23,6 +23,7 @@ row by row.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ from layercache.runtime.arithmetic import mean_velocity
 from layercache.solver.multistep import DECIMALS, DEPTH
 from layercache.solver.rows import fit_row
 from layercache.stats import CalibrationStats
+from layercache.taps import as_multistep
 
 Array = NDArray[np.float64]
 
@@ -86,7 +88,8 @@ def refine_plan(
     """
     history = int(plan.provenance.get("history", 1))
     unit = plan.step_unit
-    if unit is None or history < 1 or set(unit.cells) == {REFRESH}:
+    fitted = plan.certificate.gains in ("multistep", "trajectory", "cell")
+    if unit is None or not fitted or history < 1 or set(unit.cells) == {REFRESH}:
         raise LayerCacheError(
             "this plan has nothing to refine: it needs a step unit that skips steps and a history "
             'of at least 1; compile it with units=("step", ...) and gains="multistep"'
@@ -99,6 +102,7 @@ def refine_plan(
             "or more, as strings, that fit into one call"
         )
     (batch,) = work
+    began = time.perf_counter()
     with torch.no_grad():
         truth, reference = _uncached(pipe, batch, plan)
         before = after = _psnr(pipe, batch, plan, reference)
@@ -110,13 +114,13 @@ def refine_plan(
             units = _with_step(plan, loop.row())
             # Deeper bases live longer; where bytes are limited, shallower ones have to do.
             if _fits(stats, plan, units):
-                refined = restate(stats, _as_multistep(plan), units)
+                refined = restate(stats, as_multistep(plan), units)
                 after = _psnr(pipe, batch, refined, reference)
                 break
-    better = after > before
+    better, seconds = after > before, time.perf_counter() - began
     log(
-        f"refined on {len(prompts)} prompts: {before:.2f} dB before, {after:.2f} dB after"
-        + ("" if better else "; the compiled plan is kept")
+        f"refined on {len(prompts)} prompts in {seconds:.0f} s: {before:.2f} dB before, "
+        f"{after:.2f} dB after" + ("" if better else "; the compiled plan is kept")
     )
     found = refined if better else plan
     note = {
@@ -246,11 +250,6 @@ def _plain(plan: Plan) -> Plan:
     assert unit is not None
     row = unit.model_copy(update={"gains": None, "taps": ((),) * len(unit.cells)})
     return plan.model_copy(update={"units": _with_step(plan, row), "schema_version": 2})
-
-
-def _as_multistep(plan: Plan) -> Plan:
-    certificate = plan.certificate.model_copy(update={"gains": "multistep"})
-    return plan.model_copy(update={"certificate": certificate})
 
 
 def _with_step(plan: Plan, row: UnitPlan) -> tuple[UnitPlan, ...]:

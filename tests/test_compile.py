@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from layercache import Budget, BudgetError, CalibrationStats, LayerCacheError, Plan, compile_plan
 from layercache.compile import pareto
 from layercache.errors import StatsError
+from layercache.figures import restate
 from layercache.options import Options
 from layercache.solver.multistep import DEPTH
 from layercache.solver.verify import Row, Rules, VerificationError, verify
@@ -534,3 +535,70 @@ def test_verification_sees_wrong_taps(change: Any, complaint: str) -> None:
     assert row.taps is not None
     found = verify(stats, [replace(row, taps=change(row.taps))], rules_of(stats, 0.5))
     assert any(complaint in broken for broken in found.broken), found.broken
+
+
+def test_cache_bytes_of_a_multistep_plan_are_those_of_its_cells() -> None:
+    stats = random_stats(0, steps=16, groups=2, prompts=4)
+    plan = compile_plan(stats, 0.5, units=("step",))
+    held = plan.cache_bytes({}, stats.velocity_bytes, stats.output_bytes)
+    assert plan.predicted.cache_bytes == held
+
+
+@pytest.mark.parametrize(("seed", "options"), [(0, {}), (9, {"max_gap": 2})])
+def test_a_searched_schedule_keeps_to_what_was_asked(
+    seed: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = multistep_plan(seed, **options)
+    monkeypatch.setattr("layercache.solver.multistep_search.HANDICAP_DB", 0.01)
+    plan = multistep_plan(seed, **options)
+    assert plan.certificate.gains == "multistep"
+    assert plan.run_steps != plain.run_steps
+    assert plan.predicted.compute_share == pytest.approx(plain.predicted.compute_share)
+    assert plan.certificate.lower_bound <= plan.certificate.objective
+    gaps = np.diff(np.flatnonzero([*plan.run_steps, True]))
+    assert gaps.max() <= options.get("max_gap", 12) + 1
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_few_prompts_still_make_a_plan(prompts: int) -> None:
+    stats = random_stats(0, steps=16, groups=2, prompts=prompts)
+    plan = compile_plan(stats, 0.5, units=("step",))
+    assert (plan.certificate.gains == "multistep") == (prompts > 1)
+    assert plan.predicted.psnr_db is not None
+
+
+def test_a_prompt_that_stands_still_does_not_decide_the_rows() -> None:
+    stats = random_stats(0, steps=16, groups=2, prompts=4)
+    still = stats.velocities.copy()
+    still[1] = still[1, :1]
+    plan = compile_plan(replace(stats, velocities=still), 0.5, units=("step",))
+    others = compile_plan(stats, 0.5, units=("step",))
+    assert plan.predicted.compute_share <= 0.5
+    assert all(np.isfinite(unit.taps[-1]).all() for unit in plan.units if unit.taps)
+    assert others.certificate.gains == "multistep"
+
+
+def test_one_computed_step_leaves_nothing_to_fit() -> None:
+    stats = random_stats(0, steps=3, groups=1, lags=2, prompts=3)
+    plan = compile_plan(stats, 0.34, units=("step",))
+    assert plan.run_steps == (True, False, False)
+    assert plan.schema_version == 1
+
+
+def test_a_multistep_plan_for_other_sigmas_is_restated_alike() -> None:
+    stats = random_stats(0, steps=16, groups=2, prompts=4)
+    sigmas = np.interp(np.linspace(0, 16, 13), np.arange(17), stats.sigmas)
+    plan = compile_plan(stats, 0.5, units=("step",), sigmas=sigmas)
+    assert plan.certificate.gains == "multistep"
+    again = restate(stats, plan, plan.units)
+    assert again.predicted.psnr_db == pytest.approx(plan.predicted.psnr_db)
+    assert again.predicted.cache_bytes == plan.predicted.cache_bytes
+
+
+def test_a_unit_plan_is_not_refined_under_another_pricing_rule() -> None:
+    from layercache.refine import refine_plan
+
+    plan = multistep_plan(gains="unit")
+    stats = random_stats(0, steps=16, groups=2, prompts=4)
+    with pytest.raises(LayerCacheError, match="nothing to refine"):
+        refine_plan(None, plan, stats, ["a", "b"])

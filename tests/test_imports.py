@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"errors", "plan", "models"},
     "reference": {"errors"},
     "refine": {
-        "errors", "stats", "plan", "solver", "figures", "models", "calibration", "runtime",
+        "errors", "stats", "plan", "solver", "figures", "taps", "models", "calibration", "runtime",
     },
     "evaluation": {
         "errors", "stats", "plan", "solver", "options", "compile", "models", "calibration",

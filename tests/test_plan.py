@@ -251,6 +251,8 @@ def test_taps_are_resolved_to_steps_and_round_trip(tmp_path: Path) -> None:
         ({"taps": [[0.1], [], [], [], [], []]}, r"taps\[0\] has 1 coefficients.*0 can be"),
         ({"taps": [[], [], [0.1], [], [], []]}, r"taps\[2\] has 1 coefficients.*0 can be"),
         ({"taps": [[], [0.1, 0.2], [], [], [], []]}, r"taps\[1\] has 2 coefficients.*1 can be"),
+        ({"taps": [[], [1e39], [], [], [], []]}, r"taps\[1\] add up to 1e\+39"),
+        ({"taps": [[], [], [], [1.7e308, 1.7e308], [], []]}, r"taps\[3\] add up to inf"),
         ({"taps": [[], [float("inf")], [], [], [], []]}, "finite"),
     ],
 )

@@ -36,7 +36,7 @@ STYLES: dict[str, tuple[str, str]] = {
 _COMPUTED, _REUSED, _PREDICTED, _CORRECTED, _SKIPPED = range(5)
 _CELLS = {
     _COMPUTED: ("#1e293b", "computed"),
-    _CORRECTED: ("#475569", "computed, then corrected by a gain"),
+    _CORRECTED: ("#475569", "computed, then corrected with earlier outputs"),
     _PREDICTED: ("#fdba74", "predicted along the trajectory"),
     _REUSED: ("#fef3c7", "reused as it was"),
     _SKIPPED: ("#ffffff", "the whole step is skipped"),
@@ -44,7 +44,9 @@ _CELLS = {
 
 
 def plan_heat_map(plans: Mapping[str, Plan]) -> bytes:
-    """Draw each plan as a grid, timestep by unit; the span K stands in every predicted cell.
+    """Draw each plan as a grid, timestep by unit; predicted cells bear their span K.
+
+    Cells of multistep rows have no span.
 
     Args:
         plans: Plans by title.
@@ -62,7 +64,7 @@ def plan_heat_map(plans: Mapping[str, Plan]) -> bytes:
         )
         for row, unit in enumerate(plan.units):
             for step, symbol in enumerate(unit.cells):
-                if symbol in SPANS[1:]:
+                if symbol in SPANS[1:] and unit.taps is None:
                     axis.text(
                         step + 0.5,
                         row + 0.52,
@@ -104,14 +106,17 @@ def plan_heat_map(plans: Mapping[str, Plan]) -> bytes:
 def _cells(plan: Plan) -> np.ndarray[Any, np.dtype[np.int64]]:
     grid = np.zeros((len(plan.units), plan.num_steps), dtype=np.int64)
     for row, unit in enumerate(plan.units):
-        weights = plan.schedules[unit.name].weight
+        schedule = plan.schedules[unit.name]
+        taps = schedule.taps
         for step, symbol in enumerate(unit.cells):
             if symbol == REFRESH:
-                grid[row, step] = _CORRECTED if weights[step] else _COMPUTED
+                corrected = schedule.weight[step] if taps is None else taps[step]
+                grid[row, step] = _CORRECTED if corrected else _COMPUTED
             elif symbol == IDLE:
                 grid[row, step] = _SKIPPED
             else:
-                grid[row, step] = _REUSED if symbol == SPANS[0] else _PREDICTED
+                plain = symbol == SPANS[0] if taps is None else not taps[schedule.anchor[step]]
+                grid[row, step] = _REUSED if plain else _PREDICTED
     return grid
 
 

@@ -22,8 +22,9 @@ def apply_plan(
 
     The pipeline is called as before. At every step the units that the plan computes run as they
     are, the others are predicted: a group of blocks adds `r_a + w (r_a - r_b)` to its input for
-    every stream, a skipped step hands `v_a + w (v_a - v_b)` to the scheduler. A plan that computes
-    every cell gives bit-identical images.
+    every stream, a skipped step hands `v_a + w (v_a - v_b)` to the scheduler, or, in multistep
+    rows, what the last computed step handed on. A plan that computes every cell gives bit-identical
+    images.
 
     Args:
         pipe: A diffusers pipeline with a supported transformer and a scheduler that has `sigmas`.

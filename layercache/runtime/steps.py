@@ -87,7 +87,7 @@ class StepRunner:
             result = self._corrected(step, velocity)
             if schedule.refresh[step]:
                 self._store(step, velocity, result, computed)
-            return result
+            return velocity if result is None else result
         source = schedule.anchor[step]
         anchor = self._mixed.get(source, self._guided.get(source))
         base = self._guided.get(schedule.base[step]) if weight else None
@@ -99,10 +99,15 @@ class StepRunner:
             self._on_problem(f"step: the calls at step {step} are not those that it predicts from")
             self._drop_guided()
             return velocity
-        return predict(anchor, base, weight).to(velocity)
+        result = predict(anchor, base, weight)
+        # A copy, since nothing is known of what the scheduler does with what it is given.
+        return (result.clone() if result is anchor else result).to(velocity)
 
-    def _corrected(self, step: int, velocity: Tensor) -> Tensor:
-        """What a computed step hands on: its own output, corrected with earlier ones."""
+    def _corrected(self, step: int, velocity: Tensor) -> Tensor | None:
+        """What a computed step hands on: its own output, corrected with earlier ones.
+
+        None if one of them is not there.
+        """
         schedule = self.schedule
         pairs: tuple[tuple[int, float], ...] = ()
         if schedule.taps is not None:
@@ -115,22 +120,22 @@ class StepRunner:
         found = [v.to(velocity) for v in earlier if v is not None and v.shape == velocity.shape]
         if len(found) < len(pairs):
             self._on_problem(f"step: what corrects step {step} was not stored")
-            return velocity
+            return None
         if schedule.taps is None:
             return predict(velocity, found[0], pairs[0][1])
         return mean_velocity(velocity, found, [tap for _, tap in pairs])
 
     def _store(
-        self, step: int, velocity: Tensor, result: Tensor, computed: frozenset[Branch]
+        self, step: int, velocity: Tensor, result: Tensor | None, computed: frozenset[Branch]
     ) -> None:
         schedule = self.schedule
-        repeated = bool(schedule.last_mixed) and schedule.last_mixed[step] > step
         if schedule.last_use[step] > step:
             self._guided[step] = velocity.detach().clone()
-        if repeated:
-            # A copy, since nothing is known of what the scheduler does with what it is given.
+        # Where a correction failed no mean is kept, so that the steps that would repeat it are
+        # computed instead.
+        if result is not None and schedule.last_mixed and schedule.last_mixed[step] > step:
             self._mixed[step] = result.detach().clone()
-        if repeated or schedule.last_use[step] > step:
+        if step in self._guided or step in self._mixed:
             self._callers[step] = computed
             self.peak_guided_bytes = max(self.peak_guided_bytes, self._guided_bytes)
 
@@ -161,6 +166,7 @@ class StepRunner:
     def _stored(self, step: int) -> bool:
         schedule = self.schedule
         anchor = schedule.anchor[step]
-        if anchor not in self._guided and anchor not in self._mixed:
+        mixed = schedule.taps is not None and bool(schedule.taps[anchor])
+        if anchor not in (self._mixed if mixed else self._guided):
             return False
         return not schedule.weight[step] or schedule.base[step] in self._guided

@@ -33,12 +33,13 @@ fits them by gradients through the model); the fit from calibration statistics i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from layercache.solver.gains import mean_log10
 from layercache.solver.problem import BoolArray, FloatArray
 from layercache.stats import CalibrationStats
 
@@ -51,6 +52,11 @@ _ROUNDS = 3
 _SPREAD = 100.0
 """No prompt counts for more than this many times the typical one."""
 _TINY = 1e-300
+
+
+def depth_for(history: int) -> int:
+    """How many earlier computed steps rows may use in a plan with so much history."""
+    return DEPTH if history > 0 else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +106,32 @@ class Multistep:
             found: FloatArray = row.prior + row.solve(1 / row.square[None], ridge)[0]
             return found
 
-        _, error = self._walk(run, depth, solve)
-        return float(np.log10(np.maximum(error, _TINY)).mean())
+        return mean_log10(self._walk(run, depth, solve)[1])
+
+    def predicted_error(self, run: BoolArray, taps: Sequence[Sequence[float]]) -> FloatArray:
+        """(P,) predicted mean squared error of the final latent, as that of gains is predicted.
+
+        Products of errors made at two steps count with the growth since the later one: see
+        `solver.gains`, whose figures it can be compared with.
+        """
+        steps = len(self.sigmas) - 1
+        made: FloatArray = -np.eye(steps)
+        mean: FloatArray = np.zeros(steps)
+        computed: list[int] = []
+        for step in range(steps):
+            if run[step]:
+                mean = np.zeros(steps)
+                mean[step] = 1 + sum(taps[step])
+                for tap, earlier in zip(taps[step], reversed(computed), strict=False):
+                    mean[earlier] -= tap
+                computed.append(step)
+            made[step] += mean
+        made *= np.diff(self.sigmas)[:, None]
+        order = np.arange(steps)
+        weight = self.growth[np.maximum(order[:, None], order)] ** 2
+        total = np.array([(made @ gram @ made.T * weight).sum() for gram in self.gram])
+        result: FloatArray = np.maximum(total, 0.0) / self.numel
+        return result
 
     def _walk(
         self, run: BoolArray, depth: int, solve: Callable[[_Row], FloatArray]
@@ -141,11 +171,16 @@ def _fitted(row: _Row) -> FloatArray:
     others = 1 - np.eye(count) if count > 1 else everyone
     weights = 1 / row.square
     found: FloatArray = np.zeros(len(row.prior))
+    least = np.inf
     for _ in range(_ROUNDS):
-        ridge = min(RIDGES, key=lambda r: row.score(row.solve(others * weights, r)))
+        tried = {ridge: row.score(row.solve(others * weights, ridge)) for ridge in RIDGES}
+        ridge = min(tried, key=tried.__getitem__)
+        least = tried[ridge]
         (found,) = row.solve(everyone * weights, ridge)
-        left = np.maximum(row.left(found[None]), _TINY)
+        left = row.left(found[None])
         weights = 1 / np.maximum(left, np.exp(np.log(left).mean()) / _SPREAD)
+    if least >= row.score(np.zeros((1, len(found)))):
+        return row.prior  # on prompts left out the fit does no good
     return row.prior + found
 
 
@@ -178,12 +213,14 @@ class _Row:
     def left(self, found: FloatArray) -> FloatArray:
         """(P,) squared error of each prompt under its own coefficients (P, h), or shared (1, h)."""
         seen = (self.normal @ found[..., None])[..., 0]
-        result: FloatArray = self.square + (found * (2 * self.right + seen)).sum(axis=1)
+        left = self.square + (found * (2 * self.right + seen)).sum(axis=1)
+        # What is left of a perfect fit is rounding, and may come out below 0.
+        result: FloatArray = np.maximum(left, 1e-12 * self.square)
         return result
 
     def score(self, found: FloatArray) -> float:
         """Mean log of the squared error: up to constants, of decibels."""
-        return float(np.log(np.maximum(self.left(found), _TINY)).mean())
+        return float(np.log(self.left(found)).mean())
 
 
 def _row(

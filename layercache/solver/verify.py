@@ -4,7 +4,8 @@ This file shares no code with the solvers, the pricing or the plan format, and i
 plainness instead of speed: every delta is formed as a vector, every rule is one check. It reads
 rows of resolved cells and recomputes
 
-- the rules: step 0 refreshed; groups idle at just the skipped steps; the anchor is the unit's last
+- the rules: step 0 refreshed; groups idle at just the skipped steps; taps at refreshed steps, of
+  refreshes within reach; the anchor is the unit's last
   refresh, the base one of the `history` refreshes before it; lags within what was measured and
   within `max_gap`; forced steps refreshed; gains only where there is something to multiply;
 - the cost in milliseconds against the budget;
@@ -358,7 +359,9 @@ def _final_error(stats: CalibrationStats, rows: Sequence[Row]) -> tuple[FloatArr
                     if source != step:
                         moved = _delta(stats, row, prompt, step, source)
                     for earlier, tap in row.taps[source]:
-                        change = change + tap * (moved - _delta(stats, row, prompt, step, earlier))
+                        added = tap * (moved - _delta(stats, row, prompt, step, earlier))
+                        change = change + added
+                        most += abs(move) * abs(added)
                 elif anchor >= 0:
                     moved = _delta(stats, row, prompt, step, anchor)
                     if base >= 0:

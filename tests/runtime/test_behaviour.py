@@ -157,6 +157,41 @@ def test_a_run_that_starts_late_computes_what_it_cannot_predict() -> None:
     assert torch.equal(result, pipe(STEPS, start=3))
 
 
+def test_a_multistep_run_that_starts_late_computes_until_its_rows_are_whole() -> None:
+    pipe = pipeline()
+    taps = [[], [], [0.4, -0.1], [], [0.3], []]
+    plan = make_plan(pipe, STEPS, [step("###0#0", taps=taps)])
+    with apply_plan(pipe, plan) as run:
+        result = pipe(STEPS, start=2)
+        report = run.report()
+    # Step 2 cannot be corrected, so step 3, which would repeat it, is computed.
+    assert any("what corrects step 2" in warning for warning in report.warnings)
+    (unit,) = report.units
+    assert sum(unit.seen_computed.values()) == 2 * 3
+    assert not torch.equal(result, pipe(STEPS, start=2))
+
+
+def test_taps_read_what_was_computed_even_if_the_scheduler_writes_into_what_it_gets() -> None:
+    pipe = pipeline()
+    taps = [[], [0.5], [], [0.3, -0.2], [], []]
+    plan = make_plan(pipe, STEPS, [step("##0#00", taps=taps)])
+    with apply_plan(pipe, plan):
+        expected = pipe(STEPS)
+    original = pipe.scheduler.step
+
+    def writing(velocity: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(velocity, *args, **kwargs)
+        velocity.fill_(float("nan"))
+        return result
+
+    pipe.scheduler.step = writing
+    try:
+        with apply_plan(pipe, plan):
+            assert torch.equal(pipe(STEPS), expected)
+    finally:
+        del pipe.scheduler.step
+
+
 class Varying(LoopPipeline):
     """From step 3 on its inputs are changed."""
 
@@ -247,10 +282,12 @@ def test_one_call_a_step() -> None:
     [
         MIXED,
         [step("##0000")],
+        [step("##0#00", taps=[[], [0.5], [], [0.3, -0.2], [], []])],
+        [step("####0#", taps=[[], [], [0.1], [0.2, 0.0, 0.1], [], [0.1, 0.1, 0.1]])],
         [group(LIST, 0, 4, "##1###")],
         [group(LIST, i, i + 1, "###212") for i in range(4)],
     ],
-    ids=["mixed", "step", "one group", "a group a block"],
+    ids=["mixed", "step", "multistep", "deep multistep", "one group", "a group a block"],
 )
 def test_cache_bytes_are_those_of_the_plan_and_all_are_freed(units: Any) -> None:
     pipe = pipeline()

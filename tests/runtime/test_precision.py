@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layercache.runtime import apply_plan
-from layercache.runtime.arithmetic import add, difference, predict
+from layercache.runtime.arithmetic import add, difference, mean_velocity, predict
 from tests.models.zoo import build
 from tests.runtime.harness import LoopPipeline, group, make_plan, step
 from tests.runtime.mixed import LIST, MIXED, STEPS, pipeline
@@ -38,6 +38,7 @@ def test_half_precision_saturates_and_does_not_overflow() -> None:
     assert torch.equal(predict(large, -large, 1.5), saturated)
     assert torch.equal(difference(large, -large), saturated)
     assert torch.equal(add(large, large), saturated)
+    assert torch.equal(mean_velocity(large, [-large, -large], [0.5, 0.5]), saturated)
 
 
 def test_a_prediction_is_linear_in_the_weight() -> None:
@@ -121,3 +122,16 @@ def test_quantised_layers_run_under_a_plan(quantise: Any) -> None:
     assert not torch.equal(result, full_precision)
     assert (result - full_precision).norm() < 0.1 * full_precision.norm()
     assert torch.equal(pipe(STEPS), uncached)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_means_are_accumulated_in_single_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    value, *others = torch.randn(5, 1000).to(dtype)
+    taps = [1.7, -1.1, 0.6, -0.3]
+    exact = value.double() * (1 + sum(taps))
+    for other, tap in zip(others, taps, strict=True):
+        exact -= tap * other.double()
+    found = mean_velocity(value, others, taps)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)

@@ -106,3 +106,26 @@ def test_velocities_that_stand_still_leave_nothing_to_fit() -> None:
     fit = Multistep(replace(stats, velocities=still)).fit(np.arange(stats.num_steps) % 2 == 0)
     assert np.isfinite([tap for taps in fit.taps for tap in taps]).all()
     assert fit.error == pytest.approx(0.0, abs=1e-10)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000))
+def test_the_predicted_error_counts_growth_as_that_of_gains_does(seed: int) -> None:
+    stats = random_stats(seed)
+    run = random_run(np.random.default_rng(seed), stats.num_steps)
+    rows = Multistep(stats)
+    taps = rows.fit(run).taps
+    velocities = stats.velocities.astype(np.float64)
+    total, errors, used = np.zeros_like(velocities[:, 0]), [], velocities[:, 0]
+    computed: list[int] = []
+    for step in range(stats.num_steps):
+        if run[step]:
+            used = velocities[:, step].copy()
+            for tap, earlier in zip(taps[step], reversed(computed), strict=False):
+                used += tap * (velocities[:, step] - velocities[:, earlier])
+            computed.append(step)
+        total = total + (stats.sigmas[step + 1] - stats.sigmas[step]) * (used - velocities[:, step])
+        errors.append((total**2).sum(axis=1))
+    growth = np.append(stats.propagation, 0.0) ** 2
+    direct = -np.diff(growth) @ np.array(errors) / stats.numel
+    assert rows.predicted_error(run, taps) == pytest.approx(direct, rel=1e-4, abs=1e-12)

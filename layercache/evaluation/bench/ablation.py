@@ -150,10 +150,17 @@ def variants(inputs: Inputs) -> Iterator[Variant]:
     yield row("prediction", "JVP, base is the refresh before", gains="unit", history=1)
     yield row("prediction", "JVP, base of two chosen", gains="unit")
     yield row("prediction", "per-cell gains", gains="cell")
+    yield row("prediction", "trajectory gains", gains="trajectory")
     yield row("solver", "greedy", solver="greedy")
     yield row("solver", "greedy, groups only", solver="greedy", units=("groups",))
     yield Variant("solver", "published: greedy, groups, JVP", PUBLISHED, inputs.stats)
     yield row("error", "velocity delta without propagation", lambda: unweighted(inputs.stats()))
+    yield row(
+        "error",
+        "feature error, groups only",
+        partial(inputs.stats, mode="residual"),
+        units=("groups",),
+    )
     for power in (2.0, 4.0):
         yield row("power", f"{power:g}", power=power)
     for groups in (1, PUBLISHED_GROUPS, 8):

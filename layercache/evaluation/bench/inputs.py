@@ -30,16 +30,19 @@ class Inputs:
     log: Callable[[str], None]
     progress: bool = False
 
-    def stats(self, groups: int | None = GROUPS, count: int | None = None) -> CalibrationStats:
+    def stats(
+        self, groups: int | None = GROUPS, count: int | None = None, mode: str = "replay"
+    ) -> CalibrationStats:
         """Statistics with a number of groups (None: one a block), measured once and kept.
 
         Args:
             groups: As in `calibrate`.
             count: How many of the calibration prompts; None is all of them.
+            mode: As in `calibrate`; `"residual"` prices groups by the change of their features.
         """
         count = count or self.size.calibration
         path = self.store.path(
-            f"stats groups {groups} prompts {count}",
+            f"stats groups {groups} prompts {count}" + ("" if mode == "replay" else f" {mode}"),
             self.size.lags,
             self.size.batch,
             suffix=".npz",
@@ -51,6 +54,7 @@ class Inputs:
                 prompts("calibration", count),
                 num_inference_steps=self.scenario.steps,
                 groups=groups,
+                mode=mode,
                 lags=self.size.lags,
                 seed=SEEDS["calibration"],
                 batch_size=self.size.batch,

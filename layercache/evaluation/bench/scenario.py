@@ -87,7 +87,7 @@ class BenchSize:
     held_out: int = 16
     batch: int = 8
     lags: int = 8
-    rounds: int = 1
+    rounds: int = 3
     targets: tuple[float, ...] = field(default=TARGETS)
     grid: float = 1.0
 
@@ -112,5 +112,12 @@ class BenchSize:
 
 
 QUICK = BenchSize(
-    calibration=4, validation=2, held_out=4, batch=4, lags=3, targets=(1.37, 2.0), grid=0.1
+    calibration=4,
+    validation=2,
+    held_out=4,
+    batch=4,
+    lags=3,
+    rounds=1,
+    targets=(1.37, 2.0),
+    grid=0.1,
 )
