@@ -61,7 +61,11 @@ def test_the_worst_prompt_is_that_of_the_interpolated_values() -> None:
 def test_a_setting_that_another_one_beats_does_not_count() -> None:
     good, bad, fast = point(2.0, 50.0), point(1.8, 45.0), point(2.5, 40.0)
     assert pareto_front([bad, fast, good]) == [good, fast]
-    assert read_at([bad, good, fast], 1.9) is None, "the dominated setting is no neighbour"
+    # The dominated setting is no neighbour; nobody would run it, having the good one.
+    reading = read_at([bad, good, fast], 1.9)
+    assert reading is not None and reading.between == (good, good)
+    assert reading.values["psnr"].tolist() == good.values["psnr"].tolist()
+    assert read_at([good, fast], 1.9) is None, "nothing was measured that slow"
     assert Curve("m", (bad, good, fast)).at(2.0).values["psnr"] == [50.0]  # type: ignore[union-attr]
 
 

@@ -103,7 +103,8 @@ def read_at(points: Sequence[Point], target: float) -> Reading | None:
 
     For PSNR this says that the error is a power of the speed. There is no extrapolation, and no
     reading where the neighbours are more than a factor of `WIDEST` apart: curves bend, and a line
-    over a long stretch would flatter.
+    over a long stretch would flatter. Where all settings that slow are worse than a faster one,
+    that one is what anybody would run, and it is read as it is.
 
     Example:
         >>> slow = Point("slow", 1.0, 1.0, {"psnr": np.array([60.0])})
@@ -116,10 +117,10 @@ def read_at(points: Sequence[Point], target: float) -> Reading | None:
     front = pareto_front(points)
     before = [point for point in front if point.speedup <= target]
     after = [point for point in front if point.speedup >= target]
-    if not before or not after:
+    if not after or all(point.speedup > target for point in points):
         return None
-    a, b = before[-1], after[0]
-    if b.speedup > WIDEST * a.speedup:
+    a, b = before[-1] if before else after[0], after[0]
+    if b.speedup > WIDEST * (a.speedup if before else target):
         return None
     weight = 0.0 if a is b else math.log(target / a.speedup) / math.log(b.speedup / a.speedup)
     promised = None

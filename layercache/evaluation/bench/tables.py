@@ -34,8 +34,8 @@ def markdown(results: Sequence[ScenarioResult], command: str) -> str:
     parts = [
         "# Every method at equal measured speed",
         f"Written by `{command}`; [the protocol](../docs/benchmark.md) says how. PSNR in dB to "
-        "the uncached image of the same seed: mean over held-out prompts, worst prompt in "
-        "parentheses, then SSIM. Every method is read at the *measured* speedup in the column's "
+        "the uncached image of the same seed: mean over held-out prompts, median and worst prompt "
+        "in parentheses, then SSIM. Every method is read at the *measured* speedup in the column's "
         "head, between two of its own settings; a dash says that none of its settings is that slow "
         "or that fast. Figures of the small reference model; they say nothing about others.",
     ]
@@ -67,7 +67,10 @@ def _scores(result: ScenarioResult) -> str:
                 continue
             mean = f"{reading.mean():.1f}"
             mean = f"**{mean}**" if reading.mean() == best[target] else mean
-            cells.append(f"{mean} ({reading.psnr_worst:.1f}) {reading.mean('ssim'):.4f}")
+            cells.append(
+                f"{mean} ({reading.psnr_median:.1f}, {reading.psnr_worst:.1f}) "
+                f"{reading.mean('ssim'):.4f}"
+            )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
