@@ -338,7 +338,7 @@ def test_tables_show_every_method_and_a_dash_where_a_speed_is_not_reached() -> N
     text = markdown([scenario_result()], "layercache bench")
     rows = [line for line in text.splitlines() if line.startswith("| other |")]
     assert len(rows) == 1 and rows[0].endswith("| - |")
-    assert "**62.5** (57.5) 0.9800" in text
+    assert "**62.5** (62.5, 57.5) 0.9800" in text
     assert "- `gone`: it is <not> here" in text
     assert text.count("layercache over meancache (best rival)") == 2
     lines = [line for line in table(scenario_result()).splitlines() if line.strip()]
