@@ -143,11 +143,6 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
         else None
     )
     rows = Multistep(stats) if options.gains == "multistep" and skips else None
-    search = (
-        MultistepSearch(rows, forced=problem.forced, max_gap=problem.max_gap)
-        if rows is not None and programme is not None
-        else None
-    )
     plans = []
     for budget in budgets:
         limit = budget_ms(stats, budget)
@@ -163,8 +158,11 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
             raise _infeasible(stats, budget, error) from error
         try:
             plan = _best_plan(stats, budget, options, candidates, measured_steps, rows)
-            if search is not None and (depth := taps_of(plan)):
-                run = search.better(np.array(plan.run_steps), depth)
+            if rows is not None and programme is not None and (depth := taps_of(plan)):
+                search = MultistepSearch(
+                    rows, depth, forced=problem.forced, max_gap=problem.max_gap
+                )
+                run = search.better(np.array(plan.run_steps))
                 within = problem.with_budget(limit)
                 others = [] if run is None else _whole_steps(within, run, candidates[0])
                 if others:

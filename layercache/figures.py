@@ -61,9 +61,14 @@ def with_rows(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) ->
     psnr = predicted_psnr(stats, found.error)
     full = stats.num_steps * step_ms(stats)
     overhead = stats.num_steps * stats.overhead_ms
-    objective = found.objective
+    objective, bound = found.objective, changed.certificate.lower_bound
+    if bound > objective + _AGREEMENT * abs(objective) + found.objective_rounding:
+        raise VerificationError(
+            f"the rows have an objective of {objective!r}, below the plan's lower bound of "
+            f"{bound!r}: the bound is of another problem than these rows"
+        )
     # The same prices added up in another order may come out a rounding below a tight bound.
-    bound = min(changed.certificate.lower_bound, objective)
+    bound = min(bound, objective)
     predicted = Predicted(
         speedup=(full + overhead) / (found.cost_ms + overhead),
         compute_share=found.cost_ms / full,

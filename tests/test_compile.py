@@ -20,6 +20,7 @@ from layercache.figures import restate
 from layercache.options import Options
 from layercache.solver.multistep import DEPTH
 from layercache.solver.verify import Row, Rules, VerificationError, verify
+from tests.solver.multistep_oracle import turned_error
 from tests.solver.strategies import random_stats
 
 # The package exports a function of a like name, so the module is asked for by its own.
@@ -475,19 +476,7 @@ def test_predicted_figures_of_a_multistep_plan_are_those_of_its_taps() -> None:
     plan = compile_plan(stats, 0.5, units=("step",))
     unit = plan.step_unit
     assert unit is not None and unit.taps is not None
-    velocities, steps = stats.velocities.astype(np.float64), stats.num_steps
-    total, errors, computed = np.zeros_like(velocities[:, 0]), [], []
-    used = total
-    for step in range(steps):
-        if plan.run_steps[step]:
-            used = velocities[:, step].copy()
-            for tap, earlier in zip(unit.taps[step], reversed(computed), strict=False):
-                used += tap * (velocities[:, step] - velocities[:, earlier])
-            computed.append(step)
-        total = total + (stats.sigmas[step + 1] - stats.sigmas[step]) * (used - velocities[:, step])
-        errors.append((total**2).sum(axis=1))
-    growth = np.append(stats.propagation, 0.0) ** 2
-    final = -np.diff(growth) @ np.array(errors) / stats.numel
+    final = turned_error(stats, plan.run_steps, unit.taps)
     psnr = -10 * np.log10(stats.image_gain * final)
     assert plan.predicted.psnr_db == pytest.approx(psnr.mean(), abs=1e-4)
     assert plan.predicted.psnr_worst_db == pytest.approx(psnr.min(), abs=1e-4)
@@ -602,3 +591,12 @@ def test_a_unit_plan_is_not_refined_under_another_pricing_rule() -> None:
     stats = random_stats(0, steps=16, groups=2, prompts=4)
     with pytest.raises(LayerCacheError, match="nothing to refine"):
         refine_plan(None, plan, stats, ["a", "b"])
+
+
+def test_rows_below_the_bound_are_refused() -> None:
+    stats = random_stats(0, steps=16, groups=2, prompts=4)
+    plan = compile_plan(stats, 0.5, units=("step",))
+    bound = 2 * plan.certificate.objective
+    wrong = plan.certificate.model_copy(update={"lower_bound": bound})
+    with pytest.raises(VerificationError, match="below the plan's lower bound"):
+        restate(stats, plan.model_copy(update={"certificate": wrong}), plan.units)

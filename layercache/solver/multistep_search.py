@@ -27,6 +27,7 @@ class MultistepSearch(ScheduleSearch):
 
     Args:
         rows: Fits of the statistics.
+        depth: How many earlier computed steps each row will use.
         forced: Steps that stay computed.
         max_gap: Most steps between a skipped step and its anchor.
         seed: Of the annealing.
@@ -40,27 +41,24 @@ class MultistepSearch(ScheduleSearch):
     def __init__(
         self,
         rows: Multistep,
+        depth: int = DEPTH,
         *,
         forced: frozenset[int] = frozenset(),
         max_gap: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(forced=forced, max_gap=max_gap, seed=seed)
-        self.rows, self.depth = rows, DEPTH
+        self.rows, self.depth = rows, depth
 
     def score(self, run: BoolArray) -> float:
         """Mean log10 of the final squared error; infinite if a gap is too long."""
         gaps = np.diff(np.append(np.flatnonzero(run), len(run)))
-        return (
-            float("inf") if gaps.max() > self.lags + 1 else self.rows.score(run, RIDGE, self.depth)
-        )
+        if gaps.max() > self.lags + 1:
+            return float("inf")
+        return self.rows.score(run, RIDGE, self.depth)
 
-    def better(self, run: BoolArray, depth: int = DEPTH) -> BoolArray | None:
-        """Another schedule of as many computed steps, if it is foreseen to be clearly better.
-
-        `depth` is how many earlier computed steps its rows will use.
-        """
-        self.depth = depth
+    def better(self, run: BoolArray) -> BoolArray | None:
+        """Another schedule of as many computed steps, if it is foreseen to be clearly better."""
         if run.all():
             return None
         found = self.search(run)
