@@ -337,7 +337,7 @@ class Plan(Frozen):
         if p.psnr_db is not None and p.psnr_worst_db is not None:
             psnr = f"{p.psnr_db:.1f} dB (worst prompt {p.psnr_worst_db:.1f})"
         if any(unit.taps is not None for unit in self.units):
-            lines.append("  multistep: skipped steps repeat the mean velocity that taps make")
+            lines.append("  multistep: taps make what skipped steps repeat; spans only price it")
         lines += [
             "  # computed   0 reused   1-9, a-z predicted with span K   . the step is skipped",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
