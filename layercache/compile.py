@@ -43,7 +43,7 @@ from layercache.solver.select import best_candidate
 from layercache.solver.solution import UnitSchedule, build_solution
 from layercache.solver.verify import Rules
 from layercache.stats import CalibrationStats, FloatArray
-from layercache.taps import taps_of, with_multistep
+from layercache.taps import MOST_LOSS_DB, psnr_loss, taps_of, with_multistep
 
 
 def compile_plan(
@@ -167,7 +167,8 @@ def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -
                 others = [] if run is None else _whole_steps(within, run, candidates[0])
                 if others:
                     other = _best_plan(stats, budget, options, others, measured_steps, rows)
-                    plan = other if taps_of(other) >= depth else plan
+                    keeps = taps_of(other) >= depth and psnr_loss(plan, other) <= MOST_LOSS_DB
+                    plan = other if keeps else plan
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))

@@ -533,13 +533,13 @@ def test_cache_bytes_of_a_multistep_plan_are_those_of_its_cells() -> None:
     assert plan.predicted.cache_bytes == held
 
 
-@pytest.mark.parametrize(("seed", "options"), [(0, {}), (9, {"max_gap": 2})])
+@pytest.mark.parametrize(("seed", "options"), [(3, {}), (16, {"max_gap": 2})])
 def test_a_searched_schedule_keeps_to_what_was_asked(
     seed: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = multistep_plan(seed, **options)
-    monkeypatch.setattr("layercache.solver.multistep_search.HANDICAP_DB", 0.01)
     plan = multistep_plan(seed, **options)
+    monkeypatch.setattr("layercache.compile.MultistepSearch.better", lambda *_: None)
+    plain = multistep_plan(seed, **options)
     assert plan.certificate.gains == "multistep"
     assert plan.run_steps != plain.run_steps
     assert plan.predicted.compute_share == pytest.approx(plain.predicted.compute_share)

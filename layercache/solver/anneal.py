@@ -34,14 +34,20 @@ class ScheduleSearch(ABC):
         forced: Steps that stay computed.
         max_gap: Most steps between a skipped step and its anchor.
         seed: Of the annealing.
+        restarts: Annealings, each with a seed of its own; the best result counts.
     """
 
     def __init__(
-        self, *, forced: frozenset[int] = frozenset(), max_gap: int | None = None, seed: int = 0
+        self,
+        *,
+        forced: frozenset[int] = frozenset(),
+        max_gap: int | None = None,
+        seed: int = 0,
+        restarts: int = 1,
     ) -> None:
         self.forced = forced | {0}
         self.lags = STEP_LAGS if max_gap is None else min(STEP_LAGS, max_gap)
-        self.seed = seed
+        self.seeds = range(seed, seed + restarts)
 
     @abstractmethod
     def score(self, run: BoolArray) -> float:
@@ -49,15 +55,15 @@ class ScheduleSearch(ABC):
 
     def search(self, run: BoolArray) -> BoolArray:
         """The best schedule found by annealing and climbing, its number of steps unchanged."""
-        return self.climb(self.anneal(run))
+        return min((self.climb(self.anneal(run, seed)) for seed in self.seeds), key=self.score)
 
-    def anneal(self, run: BoolArray) -> BoolArray:
+    def anneal(self, run: BoolArray, seed: int) -> BoolArray:
         """The best schedule met by random moves under a falling temperature."""
         best, least = run, self.score(run)
         if not np.isfinite(least) or run.all():
             return best
         current, value = best, least
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng(seed)
         trials = int(EVALUATIONS * len(run) ** 2)
         for trial in range(trials):
             step = int(rng.choice(np.flatnonzero(current)))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layercache.solver.gains import mean_log10
 from layercache.solver.multistep import DECIMALS, DEPTH, Multistep
-from tests.solver.multistep_oracle import grown_error, turned_error
+from layercache.stats import CalibrationStats
+from tests.solver.multistep_oracle import drift, grown_error, turned_error
 from tests.solver.strategies import random_stats
 
 
@@ -96,3 +99,41 @@ def test_the_predicted_error_counts_growth_as_that_of_gains_does(seed: int) -> N
     taps = rows.fit(run).taps
     direct = turned_error(stats, run, taps)
     assert rows.predicted_error(run, taps) == pytest.approx(direct, rel=1e-4, abs=1e-12)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000), st.integers(0, 5))
+def test_schedules_are_scored_by_the_error_and_by_what_is_unsure_of_it(
+    seed: int, depth: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    stats = random_stats(seed)
+    run = random_run(rng, stats.num_steps)
+    taps: list[tuple[float, ...]] = []
+    rows = Spied(stats, taps)
+    score = rows.score(run, 1e-3, depth)
+    total = grown_error(stats, run, taps) + drift(stats, run, taps, rows.rate)
+    assert score == pytest.approx(mean_log10(total), rel=1e-4, abs=1e-4)
+
+
+class Spied(Multistep):
+    """Tells the coefficients that a score is of."""
+
+    def __init__(self, stats: CalibrationStats, taps: list[tuple[float, ...]]) -> None:
+        super().__init__(stats)
+        self.taps = taps
+
+    def _walk(self, *arguments: Any) -> Any:
+        found = super()._walk(*arguments)
+        self.taps[:] = found[0]
+        return found
+
+
+def test_the_rate_is_that_of_the_growth_and_at_least_1() -> None:
+    stats = random_stats(0)
+    still = replace(stats, amplification=np.ones_like(stats.amplification))
+    assert Multistep(still).rate == 1.0
+    sigmas = np.asarray(stats.sigmas)[:-1]
+    grown = np.broadcast_to(np.exp(3 * sigmas), stats.amplification.shape)
+    expected = 3 * (sigmas[0] - sigmas[-1]) / (stats.sigmas[0] - stats.sigmas[-1])
+    assert Multistep(replace(stats, amplification=grown)).rate == pytest.approx(expected, rel=1e-4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from layercache.solver.multistep import Multistep
-from layercache.solver.multistep_search import HANDICAP_DB, MultistepSearch
+from layercache.solver.multistep_search import MultistepSearch
 from tests.solver.strategies import random_stats
 
 STEPS, COMPUTED = 10, 5
@@ -33,14 +33,13 @@ def test_the_search_comes_close_to_the_best_of_all(seed: int) -> None:
     assert search.score(found) <= scores[len(scores) // 50]
 
 
-def test_only_a_clearly_better_schedule_is_handed_out() -> None:
+def test_only_a_better_schedule_is_handed_out() -> None:
     search = MultistepSearch(Multistep(random_stats(0, steps=STEPS)))
     ordered = sorted(every_run(), key=search.score)
     best, worst = ordered[0], ordered[-1]
-    assert 10 * (search.score(worst) - search.score(best)) > HANDICAP_DB + 1
-    assert search.better(worst) is not None
-    close = next(r for r in ordered if 0 < 10 * (search.score(r) - search.score(best)) < 2.9)
-    assert search.better(close) is None
+    found = search.better(worst)
+    assert found is not None and search.score(found) < search.score(worst)
+    assert search.better(best) is None
     assert search.better(np.ones(STEPS, dtype=bool)) is None
 
 
