@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def stats() -> CalibrationStats:
-    return calibrate(
+    found = calibrate(
         tiny_pipeline(),
         PROMPTS,
         num_inference_steps=STEPS,
@@ -37,6 +38,8 @@ def stats() -> CalibrationStats:
         call_kwargs=tiny_arguments(),
         progress=False,
     )
+    # Measured times of a busy machine could make another kind of plan.
+    return replace(found, times_ms=np.tile([1.0, 1.0, 0.2, 0.1], (len(PROMPTS), 1)))
 
 
 def refine(stats: CalibrationStats, plan: Plan, **changes: Any) -> Plan:

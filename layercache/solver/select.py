@@ -17,16 +17,20 @@ from layercache.solver.solution import ScheduleSolution
 from layercache.stats import CalibrationStats
 
 WORST_RATIO = 2.0
-"""Candidates beyond this multiple of the least objective are not fitted: on the reference model the
-choice lay within 1.5 times."""
+"""Candidates beyond this multiple of the least objective, of those that cache groups or of those
+that do not, are not fitted: on the reference model the choice lay within 1.5 times."""
 
-GROUP_HANDICAP_DB = 3.0
-"""How much better a candidate that caches groups must be predicted to be than one that does not.
+GROUP_HANDICAP_DB = 6.0
+GROUP_SHARE_DB = 40.0
+"""How much better a candidate that caches groups must be predicted to be than one that does not:
+`GROUP_HANDICAP_DB + GROUP_SHARE_DB * s^2`, s the share of all compute that its groups save.
 
 Velocity deltas are measured one group at a time, so groups that are cached at the same step, and
-their error's growth along the trajectory, are foretold too well. On eight validation prompts of the
-reference model, candidates with cached groups were predicted 0.2 to 1.6 dB above those without and
-came out 0.3 dB above to 4.9 dB below them."""
+their error's growth along the trajectory, are foretold too well. On the reference model plans of
+groups alone came out 0.5 to 3.6, 1.5 to 16 and 10 to 24 dB below what was predicted at shares s of
+0.27, 0.5 and 0.67 (1, 3, 4 and 8 groups). Candidates that saved little by groups were predicted 0.2
+to 1.6 dB above those without, and came out 0.3 dB above to 4.9 dB below them. Besides, only those
+without can have multistep rows, which are worth 1.3 to 4.3 dB that is not predicted."""
 
 
 def best_candidate(
@@ -49,17 +53,37 @@ def best_candidate(
     first = candidates[0]
     if gains != "trajectory":
         return first, fit_gains(stats, first.units, gains)
-    fits = [
-        (candidate, fit_gains(stats, candidate.units, gains, corrections=corrections))
-        for candidate in candidates
-        if candidate.objective <= WORST_RATIO * first.objective
-    ]
-    return min(fits, key=_rank)
+    fits = []
+    for chosen in _alike(stats, candidates):
+        least = min(candidate.objective for candidate in chosen)
+        fits += [
+            (candidate, fit_gains(stats, candidate.units, gains, corrections=corrections))
+            for candidate in chosen
+            if candidate.objective <= WORST_RATIO * least
+        ]
+    return min(fits, key=lambda pair: pair[1].score + handicap(stats, pair[0]) / 10)
 
 
-def _rank(pair: tuple[ScheduleSolution, GainFit]) -> float:
-    """Predicted log10 error, with the handicap."""
-    solution, fit = pair
-    groups = any(unit.name != STEP_NAME and unit.cached.any() for unit in solution.units)
-    with_step = any(unit.name == STEP_NAME for unit in solution.units)
-    return fit.score + (GROUP_HANDICAP_DB / 10 if groups and with_step else 0.0)
+def _alike(
+    stats: CalibrationStats, candidates: Sequence[ScheduleSolution]
+) -> list[list[ScheduleSolution]]:
+    """Candidates without and with a handicap: the objective, too, is too low with cached groups."""
+    free = [candidate for candidate in candidates if handicap(stats, candidate) == 0]
+    others = [candidate for candidate in candidates if handicap(stats, candidate) > 0]
+    return [part for part in (free, others) if part]
+
+
+def handicap(stats: CalibrationStats, solution: ScheduleSolution) -> float:
+    """Decibels by which a candidate is taken to be foretold too well.
+
+    0 for one that caches no group within a step, and where whole steps cannot be skipped instead.
+    """
+    cells = {unit.name: int(unit.cached.sum()) for unit in solution.units}
+    if STEP_NAME not in cells:
+        return 0.0
+    full = stats.num_steps * (float(stats.group_ms.sum()) + stats.rest_ms)
+    saved = sum(
+        cells.get(group.name, 0) * float(milliseconds)
+        for group, milliseconds in zip(stats.groups, stats.group_ms, strict=True)
+    )
+    return GROUP_HANDICAP_DB + GROUP_SHARE_DB * (saved / full) ** 2 if saved > 0 else 0.0
