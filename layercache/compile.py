@@ -34,7 +34,7 @@ from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, S
 from layercache.solver.dp import DynamicProgramme
 from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
 from layercache.solver.multistep import Multistep, depth_for
-from layercache.solver.multistep_search import MultistepSearch
+from layercache.solver.multistep_search import MOST_LOSS_DB, MultistepSearch
 from layercache.solver.polish import StepPolish
 from layercache.solver.pricing import STEP_NAME, price_units
 from layercache.solver.problem import BoolArray
@@ -43,7 +43,7 @@ from layercache.solver.select import best_candidate
 from layercache.solver.solution import UnitSchedule, build_solution
 from layercache.solver.verify import Rules
 from layercache.stats import CalibrationStats, FloatArray
-from layercache.taps import MOST_LOSS_DB, psnr_loss, taps_of, with_multistep
+from layercache.taps import psnr_loss, taps_of, with_multistep
 
 
 def compile_plan(

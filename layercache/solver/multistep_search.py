@@ -18,6 +18,9 @@ from layercache.solver.problem import BoolArray
 
 RIDGE = 1e-3
 RESTARTS = 4
+MOST_LOSS_DB = 2.5
+"""A schedule found here is refused if the PSNR that its plan predicts falls more. On the reference
+model it was 2.0 dB lower to 1.8 dB higher, and came out 1.1 dB lower to 3.2 dB higher."""
 
 
 class MultistepSearch(ScheduleSearch):

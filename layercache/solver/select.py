@@ -53,24 +53,17 @@ def best_candidate(
     first = candidates[0]
     if gains != "trajectory":
         return first, fit_gains(stats, first.units, gains)
-    fits = []
-    for chosen in _alike(stats, candidates):
-        least = min(candidate.objective for candidate in chosen)
-        fits += [
-            (candidate, fit_gains(stats, candidate.units, gains, corrections=corrections))
-            for candidate in chosen
-            if candidate.objective <= WORST_RATIO * least
-        ]
+    # The objective, too, is too low with cached groups: each kind is held against its own least.
+    least: dict[bool, float] = {}
+    for candidate in candidates:
+        groups = handicap(stats, candidate) > 0
+        least[groups] = min(candidate.objective, least.get(groups, candidate.objective))
+    fits = [
+        (candidate, fit_gains(stats, candidate.units, gains, corrections=corrections))
+        for candidate in candidates
+        if candidate.objective <= WORST_RATIO * least[handicap(stats, candidate) > 0]
+    ]
     return min(fits, key=lambda pair: pair[1].score + handicap(stats, pair[0]) / 10)
-
-
-def _alike(
-    stats: CalibrationStats, candidates: Sequence[ScheduleSolution]
-) -> list[list[ScheduleSolution]]:
-    """Candidates without and with a handicap: the objective, too, is too low with cached groups."""
-    free = [candidate for candidate in candidates if handicap(stats, candidate) == 0]
-    others = [candidate for candidate in candidates if handicap(stats, candidate) > 0]
-    return [part for part in (free, others) if part]
 
 
 def handicap(stats: CalibrationStats, solution: ScheduleSolution) -> float:
@@ -79,11 +72,11 @@ def handicap(stats: CalibrationStats, solution: ScheduleSolution) -> float:
     0 for one that caches no group within a step, and where whole steps cannot be skipped instead.
     """
     cells = {unit.name: int(unit.cached.sum()) for unit in solution.units}
-    if STEP_NAME not in cells:
+    if cells.pop(STEP_NAME, None) is None or not any(cells.values()):
         return 0.0
     full = stats.num_steps * (float(stats.group_ms.sum()) + stats.rest_ms)
     saved = sum(
         cells.get(group.name, 0) * float(milliseconds)
         for group, milliseconds in zip(stats.groups, stats.group_ms, strict=True)
     )
-    return GROUP_HANDICAP_DB + GROUP_SHARE_DB * (saved / full) ** 2 if saved > 0 else 0.0
+    return GROUP_HANDICAP_DB + GROUP_SHARE_DB * (saved / full) ** 2
