@@ -129,7 +129,7 @@ def nan(members: Any, meta: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m, meta: meta.update(schema_version=3), "schema version 3.*upgrade"),
+        (lambda m, meta: meta.update(schema_version=4), r"schema version 4.*upgrade"),
         (lambda m, meta: meta.pop("schema_version"), "schema version None"),
         (lambda m, meta: meta.update(surprise=1), "unknown metadata.*surprise"),
         (lambda m, meta: meta.pop("numel"), "metadata is malformed"),
@@ -371,18 +371,12 @@ def test_merge_refuses_prompts_that_stand_in_both() -> None:
         merge_all([])
 
 
-def test_statistics_of_schema_version_1_are_read(tmp_path: Path) -> None:
+def test_drafts_of_the_format_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "old.npz"
     make_stats().save(path)
-
-    def age(members: Any, meta: Any) -> None:
-        del meta["mode"], meta["probes"]
-        meta["schema_version"] = 1
-
-    rewrite(path, age)
-    old = CalibrationStats.load(path)
-    assert (old.mode, old.probes) == ("replay", 6)
-    np.testing.assert_array_equal(old.deltas, make_stats().deltas)
+    rewrite(path, lambda members, meta: meta.update(schema_version=2))
+    with pytest.raises(StatsError, match=r"schema version 2.*calibrate again"):
+        CalibrationStats.load(path)
 
 
 def test_a_deeply_nested_header_is_one_clear_error(tmp_path: Path) -> None:

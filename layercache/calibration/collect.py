@@ -39,6 +39,7 @@ class Measured:
 
     sigmas: tuple[float, ...]
     velocities: NDArray[np.float32]
+    latents: NDArray[np.float32]
     deltas: NDArray[np.float32]
     times_ms: NDArray[np.float64]
     image_gain: NDArray[np.float64]
@@ -155,6 +156,7 @@ class _Collector:
         self.sketch = CountSketch(velocity[0].numel(), self.sketch_size, self.sketch_seed)
         size = self.sketch.size
         self.sketches = np.zeros((prompts, jobs.steps, size), dtype=np.float32)
+        self.latents = np.zeros((prompts, jobs.steps + 1, size), dtype=np.float32)
         if jobs.mode == "replay":
             shape = (prompts, jobs.steps, jobs.groups, jobs.lags, size)
             self.deltas: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
@@ -180,11 +182,13 @@ class _Collector:
         step, jobs, result = self.step, self.jobs, self.velocity
         if step < jobs.steps:
             self.sketches[:, step] = self.sketch(result).cpu().numpy()
+            self.latents[:, step] = self.sketch(sample).cpu().numpy()
             if step and self.row:
                 self._store(torch.stack(self.row, dim=1).cpu().numpy())
         if step == jobs.steps - 1:
             sigmas = sigmas_of(self.scheduler)
             self.final = (sample + (sigmas[-1] - sigmas[-2]) * result).cpu()
+            self.latents[:, -1] = self.sketch(self.final).numpy()
             groups = range(jobs.groups)
             self.group_bytes = tuple(self.replayable.residual_bytes(g) for g in groups)
         self.velocity, self.position, self.row = None, -1, []
@@ -263,6 +267,7 @@ def collect(
     return Measured(
         sigmas=sigmas,
         velocities=collector.sketches,
+        latents=collector.latents,
         deltas=collector.all_deltas(sigmas),
         times_ms=np.tile(times_ms, (size, 1)),
         image_gain=image_gain(pipe, batch, replayable, velocities, final, images),

@@ -170,6 +170,7 @@ class Session:
             groups=self.groups,
             branches=measured.branches,
             velocities=measured.velocities[order],
+            latents=measured.latents[order],
             deltas=measured.deltas[order],
             times_ms=measured.times_ms[order],
             image_gain=measured.image_gain[order],

@@ -96,6 +96,7 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
         stats,
         sigmas=new,
         velocities=velocities.astype(np.float32),
+        latents=_latents_at(stats, new),
         deltas=deltas,
         amplification=np.exp(
             _mix(
@@ -105,6 +106,14 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
             )
         ),
     )
+
+
+def _latents_at(stats: CalibrationStats, new: FloatArray) -> FloatArray:
+    """(P, T+1, S) latents at other sigmas, along straight lines between the recorded ones."""
+    old, last = stats.sigmas, len(stats.sigmas) - 2
+    low = np.clip(np.searchsorted(-old, -new, side="right") - 1, 0, last)
+    share = (old[low] - new) / (old[low] - old[low + 1])
+    return _mix(stats.latents[:, low], stats.latents[:, low + 1], share[:, None]).astype(np.float32)
 
 
 def _locate(old: FloatArray, new: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:

@@ -32,9 +32,8 @@ __all__ = [
 
 FloatArray = NDArray[np.floating[Any]]
 
-SCHEMA_VERSION = 2
-"""Version 2 added `mode` and `probes`; version 1 was always `"replay"` with six probes."""
-_VERSION_1 = {"mode": "replay", "probes": 6}
+SCHEMA_VERSION = 3
+"""Versions 1 and 2 were drafts that no release wrote."""
 _WHOLE = ("branches", "velocity_bytes", "output_bytes", "numel", "probes", "sketch_seed")
 
 
@@ -79,6 +78,8 @@ class CalibrationStats:
         groups: The G groups, in execution order.
         branches: Transformer calls a step (2 for sequential classifier-free guidance).
         velocities: (P, T, S) float32, sketches of the guided output of each step.
+        latents: (P, T+1, S) float32, sketches of the latents that the scheduler received, and of the
+            last one that it made. If not given, those of Euler's method, from z_0 = 0.
         deltas: (P, T, G, M, S) float32, sketches of D; zero where t - lag < 0.
         times_ms: (P, G+2) float64, milliseconds a step of each group (all branches, the whole
             batch that the prompt was measured in), then of what a computed step spends outside the
@@ -122,6 +123,7 @@ class CalibrationStats:
     model: dict[str, Any]
     setting: dict[str, Any]
     amplification: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    latents: FloatArray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     mode: str = "replay"
     probes: int = 0
 
@@ -129,6 +131,8 @@ class CalibrationStats:
         if self.amplification.size == 0:
             ones = np.ones(self.velocities.shape[:2])
             object.__setattr__(self, "amplification", ones)
+        if self.latents.size == 0:
+            object.__setattr__(self, "latents", euler_latents(self.sigmas, self.velocities))
         check_stats(self)
         for name in ARRAYS:
             getattr(self, name).setflags(write=False)
@@ -301,6 +305,15 @@ def merge_all(parts: Sequence[CalibrationStats]) -> CalibrationStats:
     )
 
 
+def euler_latents(sigmas: FloatArray, velocities: FloatArray) -> FloatArray:
+    """(P, T+1, S) latents that Euler's method makes of velocities (P, T, S), from z_0 = 0."""
+    if velocities.ndim != 3 or sigmas.shape != (velocities.shape[1] + 1,):
+        return np.zeros((0, 0, 0), dtype=np.float32)  # refused by the validation that follows
+    moves = np.diff(sigmas)[:, None] * velocities.astype(np.float64)
+    latents = np.pad(np.cumsum(moves, axis=1), ((0, 0), (1, 0), (0, 0)))
+    return latents.astype(np.float32)
+
+
 def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], within: str = "") -> str:
     """The first field in which two mappings differ, with both values; empty if they agree.
 
@@ -345,12 +358,10 @@ def _meta_fields() -> tuple[str, ...]:
 
 def _built(arrays: dict[str, Any], meta: dict[str, Any], path: str) -> CalibrationStats:
     version = meta.pop("schema_version", None)
-    if version == 1:
-        meta = {**_VERSION_1, **meta}
-    elif version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise StatsError(
-            f"{path}: statistics of schema version {version!r}; this LayerCache reads versions 1 "
-            f"and {SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
+            f"{path}: statistics of schema version {version!r}; this LayerCache reads version "
+            f"{SCHEMA_VERSION}: upgrade LayerCache or calibrate again"
         )
     for name in ARRAYS:
         if arrays[name].dtype.kind != "f":

@@ -11,7 +11,15 @@ from layercache.errors import StatsError
 if TYPE_CHECKING:
     from layercache.stats import CalibrationStats
 
-ARRAYS = ("sigmas", "velocities", "deltas", "times_ms", "image_gain", "amplification")
+ARRAYS = (
+    "sigmas",
+    "velocities",
+    "latents",
+    "deltas",
+    "times_ms",
+    "image_gain",
+    "amplification",
+)
 """The arrays of `CalibrationStats`."""
 _MODES = ("replay", "residual")
 
@@ -32,6 +40,7 @@ def check_stats(stats: CalibrationStats) -> None:
     lags = stats.deltas.shape[3] if stats.deltas.ndim == 5 else 0
     expected = {
         "velocities": (prompts, steps, size),
+        "latents": (prompts, steps + 1, size),
         "deltas": (prompts, steps, groups, lags, size),
         "times_ms": (prompts, groups + 2),
         "image_gain": (prompts,),
