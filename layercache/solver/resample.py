@@ -95,6 +95,7 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
     return replace(
         stats,
         sigmas=new,
+        loads=stats.loads[low + (share > 0.5).astype(int)],
         velocities=velocities.astype(np.float32),
         latents=_latents_at(stats, new),
         deltas=deltas,

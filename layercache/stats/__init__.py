@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats.file import read_archive, write_archive, write_atomically
-from layercache.stats.validation import ARRAYS, check_stats
+from layercache.stats.validation import ARRAYS, SHARED, check_stats
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -76,12 +76,16 @@ class CalibrationStats:
     Attributes:
         sigmas: (T+1,) noise levels, strictly falling, the last one 0.
         groups: The G groups, in execution order.
-        branches: Transformer calls a step (2 for sequential classifier-free guidance).
+        branches: Most transformer calls a step (2 for sequential classifier-free guidance).
         velocities: (P, T, S) float32, sketches of the guided output of each step.
-        latents: (P, T+1, S) float32, sketches of the latents that the scheduler received, and of the
-            last one that it made. If not given, those of Euler's method, from z_0 = 0.
+        latents: (P, T+1, S) float32, sketches of the latents that the scheduler received, and
+            of the last one that it made. If not given, those of Euler's method, from z_0 = 0.
         deltas: (P, T, G, M, S) float32, sketches of D; zero where t - lag < 0.
-        times_ms: (P, G+2) float64, milliseconds a step of each group (all branches, the whole
+        loads: (T, G+1) float64, how much each group, then the rest of the transformer, has to do at
+            each step: a share of the fullest step, counted in elements of its inputs. Less than 1
+            where calls are missing (guidance that sets in late, skipped layers), 0 at steps that
+            another transformer makes. All 1 if not given.
+        times_ms: (P, G+2) float64, milliseconds a full step of each group (all branches, the whole
             batch that the prompt was measured in), then of what a computed step spends outside the
             groups, then of what every step spends outside the transformer.
         image_gain: (P,) mean squared pixel change (images in [0, 1]) per mean squared change of the
@@ -97,6 +101,7 @@ class CalibrationStats:
         prompt_ids: P identifiers, each a digest of a prompt and its seed; sorted, all different.
         model: Hard fingerprint: transformer class, block lists, architecture hash.
         setting: Soft fingerprint: scheduler, guidance, resolution, dtype and so on.
+        component: Attribute of the pipeline that was calibrated.
         mode: `"replay"` if velocity deltas were measured, `"residual"` if residuals stand in.
         probes: Perturbed runs asked for to measure `amplification`, fewer in runs of a few steps;
             0 if it was not measured.
@@ -124,6 +129,8 @@ class CalibrationStats:
     setting: dict[str, Any]
     amplification: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
     latents: FloatArray = field(default_factory=lambda: np.zeros((0, 0, 0)))
+    loads: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    component: str = "transformer"
     mode: str = "replay"
     probes: int = 0
 
@@ -131,6 +138,9 @@ class CalibrationStats:
         if self.amplification.size == 0:
             ones = np.ones(self.velocities.shape[:2])
             object.__setattr__(self, "amplification", ones)
+        if self.loads.size == 0:
+            shape = (max(len(self.sigmas) - 1, 0), len(self.groups) + 1)
+            object.__setattr__(self, "loads", np.ones(shape))
         if self.latents.size == 0:
             object.__setattr__(self, "latents", euler_latents(self.sigmas, self.velocities))
         check_stats(self)
@@ -169,7 +179,9 @@ class CalibrationStats:
             "sketch_seed": self.sketch_seed,
             "sketch_size": int(self.velocities.shape[2]),
             "setting": self.setting,
+            "component": self.component,
             "sigmas": tuple(float(sigma) for sigma in self.sigmas),
+            "loads": tuple(float(load) for load in self.loads.ravel()),
             "branches": self.branches,
             "numel": self.numel,
         }
@@ -241,10 +253,10 @@ class CalibrationStats:
         """The same statistics with only some prompts (positions in `prompt_ids`)."""
         kept = sorted(set(indices))
         return CalibrationStats(
-            sigmas=self.sigmas,
             groups=self.groups,
             prompt_ids=tuple(self.prompt_ids[i] for i in kept),
-            **{name: getattr(self, name)[kept] for name in ARRAYS if name != "sigmas"},
+            **{name: getattr(self, name) for name in SHARED},
+            **{name: getattr(self, name)[kept] for name in ARRAYS if name not in SHARED},
             **{name: getattr(self, name) for name in _meta_fields() if name != "prompt_ids"},
         )
 
@@ -298,9 +310,9 @@ def merge_all(parts: Sequence[CalibrationStats]) -> CalibrationStats:
         same[name] = max(getattr(part, name) for part in parts)
     same["prompt_ids"] = tuple(ids[i] for i in order)
     return CalibrationStats(
-        sigmas=first.sigmas,
         groups=first.groups,
-        **{name: joined(name) for name in ARRAYS if name != "sigmas"},
+        **{name: getattr(first, name) for name in SHARED},
+        **{name: joined(name) for name in ARRAYS if name not in SHARED},
         **same,
     )
 
@@ -351,6 +363,7 @@ def _meta_fields() -> tuple[str, ...]:
         "prompt_ids",
         "model",
         "setting",
+        "component",
         "mode",
         "probes",
     )
@@ -380,6 +393,7 @@ def _built(arrays: dict[str, Any], meta: dict[str, Any], path: str) -> Calibrati
     _require_each(path, "model.block_lists", blocks, int)
     for name, values in {"model": names, "prompt_ids": fields["prompt_ids"]}.items():
         _require_each(path, name, values, str)
+    _require_each(path, "component", [fields["component"]], str)
     _require_each(path, "setting", [fields["setting"]], dict)
     for name in ("group_bytes", "prompt_ids"):
         fields[name] = tuple(fields[name])

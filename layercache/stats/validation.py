@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ARRAYS = (
     "sigmas",
+    "loads",
     "velocities",
     "latents",
     "deltas",
@@ -21,6 +22,8 @@ ARRAYS = (
     "amplification",
 )
 """The arrays of `CalibrationStats`."""
+SHARED = ("sigmas", "loads")
+"""Those that all prompts share."""
 _MODES = ("replay", "residual")
 
 
@@ -39,6 +42,7 @@ def check_stats(stats: CalibrationStats) -> None:
     prompts, _, size = stats.velocities.shape
     lags = stats.deltas.shape[3] if stats.deltas.ndim == 5 else 0
     expected = {
+        "loads": (steps, groups + 1),
         "velocities": (prompts, steps, size),
         "latents": (prompts, steps + 1, size),
         "deltas": (prompts, steps, groups, lags, size),
@@ -80,6 +84,8 @@ def check_stats(stats: CalibrationStats) -> None:
         raise StatsError("times_ms is 0 throughout for a prompt; every transformer takes time")
     if (stats.image_gain <= 0).any() or (stats.amplification <= 0).any():
         raise StatsError("image_gain and amplification must be positive")
+    if (stats.loads < 0).any() or (stats.loads > 1).any() or not (stats.loads == 1).any():
+        raise StatsError("loads are shares of the fullest step: from 0 to 1, and 1 somewhere")
     if len(stats.group_bytes) != groups:
         raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
     for name in ("group_bytes", "velocity_bytes", "output_bytes"):

@@ -199,9 +199,7 @@ def first_prompts(inputs: Inputs, count: int) -> CalibrationStats:
 def subset(stats: CalibrationStats, ids: tuple[str, ...]) -> CalibrationStats:
     """The statistics of some prompts alone."""
     chosen = [index for index, identity in enumerate(stats.prompt_ids) if identity in ids]
-    names = ("velocities", "latents", "deltas", "times_ms", "image_gain", "amplification")
-    arrays: dict[str, Any] = {name: getattr(stats, name)[chosen] for name in names}
-    return replace(stats, prompt_ids=tuple(stats.prompt_ids[i] for i in chosen), **arrays)
+    return stats.select(chosen)
 
 
 def _row(variant: Variant, validation: Validation) -> AblationRow:
