@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 
 
 def _made(make: Callable[[], Any]) -> Any:
@@ -71,5 +72,94 @@ def dc_vae(channels: int = 4) -> Any:
             encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6,
             downsample_block_type="conv", upsample_block_type="interpolate",
             decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.5,
+        )
+    )  # fmt: skip
+
+
+def hunyuan_video_vae(channels: int = 4) -> Any:
+    """`AutoencoderKLHunyuanVideo`, 8 pixels and 4 frames a latent one."""
+    return _made(
+        lambda: diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=channels, block_out_channels=(8,) * 4, layers_per_block=1,
+            norm_num_groups=2, mid_block_add_attention=False,
+        )
+    )  # fmt: skip
+
+
+def hunyuan15_vae(channels: int = 4) -> Any:
+    """`AutoencoderKLHunyuanVideo15`, 4 pixels and 2 frames a latent one."""
+    return _made(
+        lambda: diffusers.AutoencoderKLHunyuanVideo15(
+            latent_channels=channels, block_out_channels=(8, 8), layers_per_block=1,
+            spatial_compression_ratio=4, temporal_compression_ratio=2,
+            downsample_match_channel=False, upsample_match_channel=False,
+        )
+    )  # fmt: skip
+
+
+def hunyuan_image_vae(channels: int = 4) -> Any:
+    """`AutoencoderKLHunyuanImage`, 8 pixels a latent pixel."""
+    return _made(
+        lambda: diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(32,) * 4,
+            layers_per_block=1, scaling_factor=0.5, spatial_compression_ratio=8, sample_size=64,
+        )
+    )  # fmt: skip
+
+
+def hunyuan_refiner_vae(channels: int = 4) -> Any:
+    """`AutoencoderKLHunyuanImageRefiner`, 8 pixels a latent pixel."""
+    return _made(
+        lambda: diffusers.AutoencoderKLHunyuanImageRefiner(
+            latent_channels=channels, block_out_channels=(8,) * 4, layers_per_block=1,
+            spatial_compression_ratio=8, temporal_compression_ratio=2,
+            downsample_match_channel=False, upsample_match_channel=False,
+        )
+    )  # fmt: skip
+
+
+def ltx_vae(channels: int = 4) -> Any:
+    """`AutoencoderKLLTXVideo`, 4 pixels and 4 frames a latent one."""
+    return _made(
+        lambda: diffusers.AutoencoderKLLTXVideo(
+            latent_channels=channels, block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False), patch_size=1,
+        )
+    )  # fmt: skip
+
+
+def ltx2_vae(channels: int = 4) -> Any:
+    """`AutoencoderKLLTX2Video`, 2 pixels and 2 frames a latent one."""
+    return _made(
+        lambda: diffusers.AutoencoderKLLTX2Video(
+            latent_channels=channels, block_out_channels=(8,), decoder_block_out_channels=(8,),
+            down_block_types=("LTX2VideoDownBlock3D",), layers_per_block=(1,),
+            decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False),
+            downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,),
+            patch_size=1, decoder_causal=False,
+        )
+    )  # fmt: skip
+
+
+def audio_vae() -> Any:
+    """`AutoencoderKLLTX2Audio`: 2 channels of 2 bins each in the latents."""
+    return _made(
+        lambda: diffusers.AutoencoderKLLTX2Audio(
+            base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1, in_channels=2,
+            resolution=32, latent_channels=2, mel_bins=8,
+        )
+    )  # fmt: skip
+
+
+def vocoder() -> Any:
+    """The vocoder of LTX2 for that autoencoder."""
+    return _made(
+        lambda: LTX2Vocoder(
+            in_channels=16, hidden_channels=8, out_channels=2, upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2], resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]],
+            output_sampling_rate=16000,
         )
     )  # fmt: skip
