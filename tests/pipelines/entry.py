@@ -38,7 +38,9 @@ class Entry:
         patched: Dotted names in diffusers that are replaced while the entry runs, such as a fixed
             size of a megapixel.
         component: Attribute of the pipeline that holds the transformer.
-        global_noise: The pipeline draws from torch's global generator too.
+        partial: A part of the latent is the pipeline's own to make, such as an inpainted
+            background or a first frame.
+        negated: The model's output points against the velocity.
         refused: Why calibration has to refuse this entry; empty where it has not.
         note: What is different here from the ordinary case, for the table.
     """
@@ -51,7 +53,8 @@ class Entry:
     steps: int = 6
     patched: Mapping[str, Any] = field(default_factory=dict)
     component: str = "transformer"
-    global_noise: bool = False
+    partial: bool = False
+    negated: bool = False
     refused: str = ""
     note: str = ""
 

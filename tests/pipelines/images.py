@@ -148,7 +148,8 @@ _CHROMA = (
     _entry("ChromaPipeline", "text-to-image", _chroma("ChromaPipeline", vae=None), _masked),
     _entry("ChromaImg2ImgPipeline", "image-to-image", _chroma("ChromaImg2ImgPipeline"), _masked,
            {"image": _image, "strength": 0.7}),
-    _entry("ChromaInpaintPipeline", "inpaint", _chroma_inpaint, _masked, _PAINT),
+    _entry("ChromaInpaintPipeline", "inpaint", _chroma_inpaint, _masked, _PAINT,
+           partial=True),
 )  # fmt: skip
 
 # -- CogView4 --------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def _cogview(pipeline: str, channels: int = 4, vae: Any = None) -> Callable[[], 
 _COGVIEW = (
     _entry("CogView4Pipeline", "text-to-image", _cogview("CogView4Pipeline"), _bare),
     _entry("CogView4ControlPipeline", "Control", _cogview("CogView4ControlPipeline", 8, image_vae),
-           _bare, {"control_image": _image}, global_noise=True),
+           _bare, {"control_image": _image}),
 )  # fmt: skip
 
 # -- HiDream ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from layercache.calibration.prompts import batches
+from layercache.calibration.prompts import batches, noise_seed
 from tests.pipelines.entry import Arguments, Entry
 
 SEED = 0
@@ -21,26 +21,34 @@ SEED = 0
 class Observed:
     """What a run handed to its scheduler and got back, by step; and what it returned."""
 
-    velocities: dict[int, Tensor] = field(default_factory=dict)
-    latents: dict[int, Tensor] = field(default_factory=dict)
-    final: Tensor | None = None
+    velocities: list[Tensor] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
     output: Tensor | None = None
     calls: int = 0
 
-
-def arguments_of(entry: Entry, number: int = 1) -> Arguments:
-    """Arguments of the entry's prompt, with the noise that calibration gives it."""
-    call = {**entry.call(), "num_inference_steps": entry.steps}
-    found: Arguments = dict(batches([entry.prompt(number)], SEED, 1, call)[0].arguments)
-    return found
+    @property
+    def live(self) -> Tensor:
+        """Where some step of the scheduler moved the latent and the pipeline left it so."""
+        found = torch.zeros_like(self.latents[0], dtype=torch.bool)
+        for before, made, after in zip(self.latents, self.made, self.latents[1:], strict=False):
+            found |= (made != before) & (made == after)
+        return found
 
 
 def run(entry: Entry, pipe: Any, number: int = 1) -> Tensor:
-    """One call of the pipeline; its first output as a tensor."""
-    arguments = arguments_of(entry, number)
+    """One call of the pipeline, with the noise that calibration gives the prompt.
+
+    Returns:
+        Its first output as a tensor.
+    """
+    call = {**entry.call(), "num_inference_steps": entry.steps}
+    batch = batches([entry.prompt(number)], SEED, 1, call)[0]
     decodes = getattr(pipe, "vae", None) is not None
+    arguments: Arguments = dict(batch.arguments)
     arguments |= {"output_type": "pt" if decodes else "latent", "return_dict": False}
-    torch.manual_seed(SEED)
+    # Some pipelines draw from the global generator too.
+    torch.manual_seed(noise_seed(batch.ids[0]))
     with torch.no_grad():
         output = pipe(**arguments)[0]
     return output if isinstance(output, Tensor) else torch.stack(list(output))
@@ -55,10 +63,10 @@ def watched(entry: Entry, pipe: Any) -> Iterator[Observed]:
     def step(self: Any, model_output: Tensor, t: Any, sample: Tensor, *args: Any, **kw: Any) -> Any:
         if self is not scheduler:
             return original(self, model_output, t, sample, *args, **kw)
-        index = self.step_index if self.step_index is not None else (self.begin_index or 0)
-        seen.velocities[index], seen.latents[index] = model_output.clone(), sample.clone()
+        seen.velocities.append(model_output.clone())
+        seen.latents.append(sample.clone())
         result = original(self, model_output, t, sample, *args, **kw)
-        seen.final = result[0].clone()
+        seen.made.append(result[0].clone())
         return result
 
     def count(*_: Any) -> None:

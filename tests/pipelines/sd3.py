@@ -81,9 +81,6 @@ _PLAIN = _build("StableDiffusion3Pipeline", vae=False)
 _NET = _build("StableDiffusion3ControlNetPipeline", controlnet=_controlnet)
 _SKIP = {"skip_guidance_layers": [1, 2], "skip_layer_guidance_start": 0.1}
 
-# The control image is encoded with a draw from torch's global generator.
-_DRAWS = {"global_noise": True}
-
 ENTRIES = (
     _entry("text-to-image", {}, _PLAIN),
     _entry("skip-layer guidance for a while", _SKIP | {"skip_layer_guidance_stop": 0.5}, _PLAIN),
@@ -92,11 +89,11 @@ ENTRIES = (
            refused="Heun calls the transformer twice a step, at repeated noise levels"),
     _entry("image-to-image", {"image": _image, "strength": 0.7}, kind="Img2Img"),
     _entry("inpaint", {"image": _image, "mask_image": _mask, "strength": 1.0},
-           _build("StableDiffusion3InpaintPipeline", channels=16), kind="Inpaint"),
-    _entry("ControlNet", {"control_image": _image}, _NET, kind="ControlNet", **_DRAWS),
+           _build("StableDiffusion3InpaintPipeline", channels=16), kind="Inpaint", partial=True),
+    _entry("ControlNet", {"control_image": _image}, _NET, kind="ControlNet"),
     _entry("ControlNet in a window", {"control_image": _image, "control_guidance_start": 0.2,
-           "control_guidance_end": 0.6}, _NET, kind="ControlNet", **_DRAWS),
+           "control_guidance_end": 0.6}, _NET, kind="ControlNet"),
     _entry("ControlNet, inpaint", {"control_image": _image, "control_mask": _mask},
            _build("StableDiffusion3ControlNetInpaintingPipeline",
-                  controlnet=lambda: _controlnet(extra=1)), kind="ControlNetInpainting", **_DRAWS),
+                  controlnet=lambda: _controlnet(extra=1)), kind="ControlNetInpainting"),
 )  # fmt: skip

@@ -64,9 +64,9 @@ _LTX = (
     Entry("LTXImageToVideoPipeline", "image-to-video", _ltx("LTXImageToVideoPipeline"), _prompt,
           given(**_LTX_CALL, image=picture)),
     Entry("LTXConditionPipeline", "first frame given", _CONDITION, _prompt,
-          given(**_LTX_CALL, image=picture, image_cond_noise_scale=0.0)),
+          given(**_LTX_CALL, image=picture, image_cond_noise_scale=0.0), partial=True, negated=True),
     Entry("LTXConditionPipeline", "first frame given, noise added to it every step", _CONDITION,
-          _prompt, given(**_LTX_CALL, image=picture)),
+          _prompt, given(**_LTX_CALL, image=picture), partial=True, negated=True),
 )  # fmt: skip
 
 # -- LTX2 ------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def _mochi_prompt(seed: int) -> Arguments:
 _MOCHI_CALL = {"height": 64, "width": 64, "num_frames": 7, "guidance_scale": 3.0}
 _MOCHI = (
     Entry("MochiPipeline", "text-to-video", _mochi(invert_sigmas=True, shift=1.0), _mochi_prompt,
-          given(**_MOCHI_CALL)),
+          given(**_MOCHI_CALL), negated=True),
     Entry("MochiPipeline", "text-to-video, falling noise levels", _mochi(), _mochi_prompt,
           given(**_MOCHI_CALL)),
 )  # fmt: skip
@@ -215,7 +215,7 @@ _COSMOS = (
     Entry("Cosmos3OmniPipeline", "text-to-image", _cosmos, _cosmos_prompt,
           given(**_COSMOS_CALL | {"num_frames": 1})),
     Entry("Cosmos3OmniPipeline", "image-to-video", _cosmos, _cosmos_prompt,
-          given(**_COSMOS_CALL, image=pil)),
+          given(**_COSMOS_CALL, image=pil), partial=True),
 )  # fmt: skip
 
 ENTRIES = (*_LTX, *_LTX2, *_MOCHI, *_KANDINSKY, *_COSMOS)
