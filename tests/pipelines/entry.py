@@ -24,7 +24,7 @@ TEXT = 5
 Arguments = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One pipeline class in one variant.
 

@@ -29,7 +29,10 @@ _SIZE = 64
 
 
 def _prompt(seed: int) -> Arguments:
-    return {"prompt_embeds": embeds(TEXT, 24, seed=seed), "pooled_prompt_embeds": embeds(24, seed=seed)}
+    return {
+        "prompt_embeds": embeds(TEXT, 24, seed=seed),
+        "pooled_prompt_embeds": embeds(24, seed=seed),
+    }
 
 
 def _guided(seed: int) -> Arguments:
@@ -68,7 +71,9 @@ def _entry(
     **more: Any,
 ) -> Entry:
     size = {"height": _SIZE, "width": _SIZE}
-    return Entry(pipeline, variant, build or _build(pipeline), prompt, given(**size, **call), **more)
+    return Entry(
+        pipeline, variant, build or _build(pipeline), prompt, given(**size, **call), **more
+    )
 
 
 def _image() -> Any:

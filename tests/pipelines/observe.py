@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from diffusers import ModularPipeline
 from torch import Tensor
 
 from layercache.calibration.prompts import batches, noise_seed
@@ -44,13 +45,16 @@ def run(entry: Entry, pipe: Any, number: int = 1) -> Tensor:
     """
     call = {**entry.call(), "num_inference_steps": entry.steps}
     batch = batches([entry.prompt(number)], SEED, 1, call)[0]
-    decodes = getattr(pipe, "vae", None) is not None
     arguments: Arguments = dict(batch.arguments)
-    arguments |= {"output_type": "pt" if decodes else "latent", "return_dict": False}
     # Some pipelines draw from the global generator too.
     torch.manual_seed(noise_seed(batch.ids[0]))
     with torch.no_grad():
-        output = pipe(**arguments)[0]
+        if isinstance(pipe, ModularPipeline):
+            output = pipe(**arguments).get("latents")
+        else:
+            decodes = getattr(pipe, "vae", None) is not None
+            arguments |= {"output_type": "pt" if decodes else "latent", "return_dict": False}
+            output = pipe(**arguments)[0]
     return output if isinstance(output, Tensor) else torch.stack(list(output))
 
 

@@ -50,9 +50,11 @@ def _build(pipeline: str, vae: bool = True, **more: Callable[[], Any]) -> Callab
 def _controlnet(extra: int = 0) -> Any:
     torch.manual_seed(5)
     config, _ = zoo.BUILDERS["QwenImageTransformer2DModel"]()
-    return unfrozen(diffusers.QwenImageControlNetModel(
-        **config | {"num_layers": 2, "extra_condition_channels": extra}
-    ))
+    return unfrozen(
+        diffusers.QwenImageControlNetModel(
+            **config | {"num_layers": 2, "extra_condition_channels": extra}
+        )
+    )
 
 
 def _small(area: int, ratio: float) -> tuple[int, int, None]:
@@ -73,6 +75,16 @@ def _entry(
     return Entry(pipeline, variant, build or _build(pipeline), _prompt, call, **more)
 
 
+def _layered() -> Any:
+    return assemble(
+        "QwenImageLayeredPipeline", scheduler=euler(use_dynamic_shifting=True), vae=qwen_vae(),
+        transformer=transformer("QwenImageTransformer2DModel", use_additional_t_cond=True,
+                                use_layer3d_rope=True),
+        # Only its dtype is read, since embeddings are given.
+        text_encoder=qwen_vae(),
+    )  # fmt: skip
+
+
 ENTRIES = (
     _entry("QwenImagePipeline", "text-to-image", _call(), _build("QwenImagePipeline", vae=False)),
     _entry("QwenImageImg2ImgPipeline", "image-to-image", _call(image=picture, strength=1.0)),
@@ -88,6 +100,9 @@ ENTRIES = (
     _entry("QwenImageEditPlusPipeline", "edit, two images",
            _call(image=lambda: [pil(), pil(seed=8)]),
            patched={f"{_MODULE}_edit_plus.calculate_dimensions": _small_pair}),
+    _entry("QwenImageLayeredPipeline", "image to layers",
+           given(true_cfg_scale=3.0, image=lambda: pil().convert("RGBA"), layers=2, prompt="a"),
+           _layered, patched={f"{_MODULE}_layered.calculate_dimensions": _small_pair}),
     _entry("QwenImageControlNetPipeline", "ControlNet", _call(control_image=picture),
            _build("QwenImageControlNetPipeline", controlnet=_controlnet)),
     _entry("QwenImageControlNetPipeline", "ControlNet in a window",

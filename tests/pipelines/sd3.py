@@ -74,17 +74,34 @@ def _mask() -> Any:
 def _entry(variant: str, call: Arguments, build: Any = None, kind: str = "", **more: Any) -> Entry:
     pipeline = f"StableDiffusion3{kind}Pipeline"
     fixed = {"height": _SIZE, "width": _SIZE, "guidance_scale": 4.0}
-    return Entry(pipeline, variant, build or _build(pipeline), _prompt, given(**fixed | call), **more)
+    return Entry(
+        pipeline, variant, build or _build(pipeline), _prompt, given(**fixed | call), **more
+    )
 
 
 _PLAIN = _build("StableDiffusion3Pipeline", vae=False)
 _NET = _build("StableDiffusion3ControlNetPipeline", controlnet=_controlnet)
+
+
+def _pag(pipeline: str) -> Callable[[], Any]:
+    def build() -> Any:
+        return assemble(
+            pipeline, scheduler=euler(), vae=image_vae(), pag_applied_layers=["blocks.1"],
+            transformer=transformer("SD3Transformer2DModel", pos_embed_max_size=16),
+        )  # fmt: skip
+
+    return build
+
+
 _SKIP = {"skip_guidance_layers": [1, 2], "skip_layer_guidance_start": 0.1}
 
 ENTRIES = (
     _entry("text-to-image", {}, _PLAIN),
     _entry("skip-layer guidance for a while", _SKIP | {"skip_layer_guidance_stop": 0.5}, _PLAIN),
     _entry("no guidance", {"guidance_scale": 1.0}, _PLAIN),
+    _entry("perturbed-attention guidance", {}, _pag("StableDiffusion3PAGPipeline"), kind="PAG"),
+    _entry("perturbed-attention guidance, image-to-image", {"image": _image, "strength": 0.7},
+           _pag("StableDiffusion3PAGImg2ImgPipeline"), kind="PAGImg2Img"),
     _entry("Heun", {}, _build("StableDiffusion3Pipeline", vae=False, scheduler=heun),
            refused="Heun calls the transformer twice a step, at repeated noise levels"),
     _entry("image-to-image", {"image": _image, "strength": 0.7}, kind="Img2Img"),

@@ -135,7 +135,9 @@ def handed_out_twice(scheduler: Any) -> Iterator[None]:
         self.timesteps = self.timesteps.repeat_interleave(2)
         self.set_begin_index(0)
 
-    def every_other(self: Any, output: Tensor, t: Any, sample: Tensor, *args: Any, **kw: Any) -> Any:
+    def every_other(
+        self: Any, output: Tensor, t: Any, sample: Tensor, *args: Any, **kw: Any
+    ) -> Any:
         seconds[0] = not seconds[0]
         return (sample,) if seconds[0] else step(self, output, t, sample, *args, **kw)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 from tests.pipelines.entry import (
     TEXT,
@@ -104,6 +105,12 @@ _FOUR_CALLS = {
     "stg_scale": 1.0, "audio_stg_scale": 1.0, "spatio_temporal_guidance_blocks": [1],
     "modality_scale": 2.0, "audio_modality_scale": 2.0, "guidance_rescale": 0.7,
 }  # fmt: skip
+
+
+def _first_frame() -> Any:
+    return [LTX2VideoCondition(frames=pil(), index=0, crf=0)]
+
+
 _LTX2 = (
     Entry("LTX2Pipeline", "text-to-video with audio", _ltx2("LTX2Pipeline"), _prompt,
           given(**_LTX2_CALL)),
@@ -111,6 +118,8 @@ _LTX2 = (
           given(**_LTX2_CALL | _FOUR_CALLS)),
     Entry("LTX2ImageToVideoPipeline", "image-to-video with audio",
           _ltx2("LTX2ImageToVideoPipeline"), _prompt, given(**_LTX2_CALL, image=pil, image_crf=0)),
+    Entry("LTX2ConditionPipeline", "first frame given, with audio", _ltx2("LTX2ConditionPipeline"),
+          _prompt, given(**_LTX2_CALL, conditions=_first_frame), partial=True),
 )  # fmt: skip
 
 # -- Mochi -----------------------------------------------------------------------------------------
@@ -118,7 +127,8 @@ _LTX2 = (
 
 def _mochi(**scheduler: Any) -> Callable[[], Any]:
     return lambda: assemble(
-        "MochiPipeline", scheduler=euler(**scheduler),
+        "MochiPipeline",
+        scheduler=euler(**scheduler),
         transformer=transformer("MochiTransformer3DModel"),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tests.pipelines.entry import (
@@ -91,6 +90,11 @@ def _vace(**more: Any) -> Callable[[], Any]:
     return _build("WanVACEPipeline", model="WanVACETransformer3DModel", **more)
 
 
+def _lucy() -> Any:
+    # Latents and the encoded video; diffusers keeps a second transformer for larger models.
+    return _build("LucyEditPipeline", channels=4 + 4)()
+
+
 _EXPERTS = {"experts": True}
 
 ENTRIES = (
@@ -111,6 +115,8 @@ ENTRIES = (
            _build("WanImageToVideoPipeline", expand_timesteps=True), "ImageToVideo"),
     _entry("video-to-video", {"video": _video, "strength": 0.7}, _build("WanVideoToVideoPipeline"),
            "VideoToVideo"),
+    Entry("LucyEditPipeline", "video edit", _lucy, _prompt,
+          given(video=_video, height=32, width=32, num_frames=_FRAMES, guidance_scale=3.0)),
     _entry("VACE", {"video": _video, "mask": _masks}, _vace(), "VACE"),
     _entry("VACE, reference image", {"reference_images": pil}, _vace(), "VACE"),
     _entry("VACE, two experts", {"video": _video, "mask": _masks}, _vace(**_EXPERTS), "VACE"),

@@ -65,7 +65,9 @@ def _mask() -> Any:
 def _entry(variant: str, call: Arguments, build: Any = None, kind: str = "", **more: Any) -> Entry:
     pipeline = f"ZImage{kind}Pipeline"
     fixed = {"height": _SIZE, "width": _SIZE, "guidance_scale": 3.0}
-    return Entry(pipeline, variant, build or _build(pipeline), _prompt, given(**fixed | call), **more)
+    return Entry(
+        pipeline, variant, build or _build(pipeline), _prompt, given(**fixed | call), **more
+    )
 
 
 _PLAIN = _build("ZImagePipeline", vae=False)
