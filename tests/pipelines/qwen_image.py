@@ -40,7 +40,8 @@ def _prompt(seed: int) -> Arguments:
 def _build(pipeline: str, vae: bool = True, **more: Callable[[], Any]) -> Callable[[], Any]:
     def build() -> Any:
         return assemble(
-            pipeline, scheduler=euler(use_dynamic_shifting=True), transformer=transformer("QwenImageTransformer2DModel"),
+            pipeline, scheduler=euler(use_dynamic_shifting=True),
+            transformer=transformer("QwenImageTransformer2DModel"),
             vae=qwen_vae() if vae else None, **{name: make() for name, make in more.items()},
         )  # fmt: skip
 

@@ -21,11 +21,11 @@ ENTRIES: tuple[Entry, ...] = tuple(entry for module in _MODULES for entry in mod
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 MISSING = {
     "LTX2DFRPipeline": "keyframes and tiles of other runs are its input",
-    "LTX2DFRTemporalRefinePipeline": "refines what another pipeline made, with a sampler that draws",
-    "LTX2HDRPipeline": "text-to-video with other guidance settings than LTX2Pipeline's, without audio",
+    "LTX2DFRTemporalRefinePipeline": "refines what another pipeline made; its sampler draws",
+    "LTX2HDRPipeline": "LTX2Pipeline without audio, at other guidance settings",
     "LTX2InContextPipeline": "LTX2ConditionPipeline with more reference tokens",
     "LTXI2VLongMultiPromptPipeline": "several runs in one call, over windows of a long video",
-    "VisualClozePipeline": "two pipelines in one call: VisualClozeGenerationPipeline, then FluxFill",
+    "VisualClozePipeline": "two in one call: VisualClozeGenerationPipeline, then FluxFillPipeline",
     "VisualClozeGenerationPipeline": "needs a text encoder for its layout prompt",
     "ZImageOmniPipeline": "needs a vision encoder for its images",
 }

@@ -28,7 +28,7 @@ def facts_of(entry: Entry) -> tuple[str, str, str]:
 
 
 def declared_scheduler(pipeline: str) -> str:
-    """The scheduler class that a pipeline of diffusers declares; empty where it declares a union."""
+    """The scheduler class that a pipeline declares; empty where it declares a union."""
     cls: Any = getattr(diffusers, pipeline)
     annotation = inspect.signature(cls.__init__).parameters["scheduler"].annotation
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
@@ -51,8 +51,8 @@ def table() -> str:
     lines = [
         BEGIN,
         "",
-        f"{len(ENTRIES)} variants of {len({entry.pipeline for entry in ENTRIES})} pipelines. Each is "
-        "run plainly, calibrated (what is recorded equals the plain run bit for bit), compiled for "
+        f"{len(ENTRIES)} variants of {len({entry.pipeline for entry in ENTRIES})} pipelines. Each "
+        "is run plainly, calibrated (what is recorded equals the plain run bit for bit), compiled for "
         "1.3x with whole steps and with groups alone, and run under both plans and under one that "
         "computes everything.",
         "",

@@ -65,7 +65,8 @@ _LTX = (
     Entry("LTXImageToVideoPipeline", "image-to-video", _ltx("LTXImageToVideoPipeline"), _prompt,
           given(**_LTX_CALL, image=picture)),
     Entry("LTXConditionPipeline", "first frame given", _CONDITION, _prompt,
-          given(**_LTX_CALL, image=picture, image_cond_noise_scale=0.0), partial=True, negated=True),
+          given(**_LTX_CALL, image=picture, image_cond_noise_scale=0.0), partial=True,
+          negated=True),
     Entry("LTXConditionPipeline", "first frame given, noise added to it every step", _CONDITION,
           _prompt, given(**_LTX_CALL, image=picture), partial=True, negated=True),
 )  # fmt: skip
