@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,14 @@ def run_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int = 0) -> T
         made = _modular_output(pipe, call) if is_modular(pipe) else pipe(**call, return_dict=False)
     output = made if is_modular(pipe) else made[0]
     tensor = output if isinstance(output, Tensor) else torch.stack(list(output))
+    if decodes(pipe) and tensor.ndim == 4 and _makes_videos(pipe):
+        tensor = tensor[None]
     return tensor.detach().float().cpu()
+
+
+def _makes_videos(pipe: Any) -> bool:
+    """Whether frames are asked for; Cosmos3's pipeline returns those of its one video unbatched."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _modular_output(pipe: Any, call: dict[str, Any]) -> Any:
