@@ -7,10 +7,10 @@ calibration prompts are measured, default plans and plans of groups alone are co
 fixed shares of the transformer's compute, and each runs on validation prompts. PSNR in dB against
 the uncached images of the same noise: mean, median and worst over prompts.
 
-It answers whether a change of LayerCache made plans better or worse, so it uses what a user has and
-nothing else: `calibrate`, `compile_plan`, `apply_plan`. `FOLDER` keeps statistics and uncached images
-for the next run; after a change of calibration, give another. 32 validation prompts resolve about
-0.7 dB. Nothing here sees a held-out prompt.
+It answers whether a change of LayerCache made plans better or worse, so it uses what a user has
+and nothing else: `calibrate`, `compile_plan`, `apply_plan`. `FOLDER` keeps statistics and uncached
+images for the next run; after a change of calibration, give another. 32 validation prompts resolve
+about 0.7 dB. Nothing here sees a held-out prompt.
 """
 
 from __future__ import annotations
