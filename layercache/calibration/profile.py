@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layercache.calibration.prompts import Batch
 from layercache.calibration.replay import ReplayableTransformer
+from layercache.models.calling import call_pipeline
 from layercache.models.stepping import sigmas_of, tapped_step
 
 PERTURBATION = 0.02
@@ -20,19 +21,7 @@ PERTURBATION = 0.02
 
 def run_pipeline(pipe: Any, batch: Batch) -> Tensor:
     """Call the pipeline; images (B, ...) in [0, 1], or latents where nothing can decode them."""
-    arguments = dict(batch.arguments)
-    # Every run of a batch starts from the same noise: generators are stateful, so copy them.
-    generators = arguments.get("generator")
-    if isinstance(generators, list):
-        arguments["generator"] = [g.clone_state() for g in generators]
-    elif isinstance(generators, torch.Generator):
-        arguments["generator"] = generators.clone_state()
-    decodes = getattr(pipe, "vae", None) is not None
-    arguments["output_type"] = "pt" if decodes else "latent"
-    arguments["return_dict"] = False
-    output = pipe(**arguments)[0]
-    tensor = output if isinstance(output, Tensor) else torch.stack(list(output))
-    return tensor.detach().float().cpu()
+    return call_pipeline(pipe, batch.arguments)
 
 
 def rerun(
