@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 CALL_KEYS = (
@@ -31,9 +30,6 @@ CALL_KEYS = (
     "max_sequence_length",
 )
 """Arguments of a pipeline's call that change what the model computes, besides prompt and seed."""
-
-# What a modular pipeline's state holds when it is done, the most finished first.
-_RESULTS = ("images", "videos", "image", "video", "latents")
 
 
 def calling_pipeline(transformer: nn.Module) -> Any:
@@ -74,40 +70,6 @@ def call_setting(pipe: Any) -> dict[str, bool | int | float]:
 def latent_shape(sample: Tensor) -> list[int]:
     """Shape of the latent of one image, as the scheduler receives it: without the batch axis."""
     return list(sample.shape[1:] if sample.ndim > 1 else sample.shape)
-
-
-def call_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Tensor:
-    """Call a pipeline, modular or not, on copies of its generators.
-
-    Args:
-        pipe: The pipeline.
-        arguments: Its keyword arguments; how it returns its result is decided here.
-
-    Returns:
-        Images or frames (B, ...) in [0, 1], or latents where nothing can decode them, on the CPU in
-        float32.
-    """
-    given = dict(arguments)
-    # Every run starts from the same noise: generators are stateful.
-    generators = given.get("generator")
-    if isinstance(generators, list):
-        given["generator"] = [g.clone_state() for g in generators]
-    elif isinstance(generators, torch.Generator):
-        given["generator"] = generators.clone_state()
-    kind = "pt" if getattr(pipe, "vae", None) is not None else "latent"
-    blocks = getattr(pipe, "_blocks", None)
-    if blocks is None:
-        output = pipe(**(given | {"output_type": kind, "return_dict": False}))[0]
-    else:
-        # A modular pipeline warns of arguments that none of its blocks takes.
-        given.pop("return_dict", None)
-        given.pop("output_type", None)
-        if any(parameter.name == "output_type" for parameter in blocks.inputs):
-            given["output_type"] = kind
-        values = pipe(**given).values
-        output = next(values[name] for name in _RESULTS if values.get(name) is not None)
-    tensor = output if isinstance(output, Tensor) else torch.stack(list(output))
-    return tensor.detach().float().cpu()
 
 
 def _frames() -> Iterator[FrameType]:

@@ -24,9 +24,9 @@ from torch import nn
 from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
 from layercache.models.adapters import Adapter, blocks_of, unwrap
 from layercache.models.calling import calling_pipeline
+from layercache.models.gates import Call, Gate, Handler, is_compiled
 from layercache.models.patching import Function, own_methods, wrap_method, wrappers
 from layercache.plan import Plan
-from layercache.runtime.gates import Call, Gate, Handler, is_compiled
 from layercache.runtime.report import RunReport
 from layercache.runtime.session import OnMismatch, Session
 from layercache.runtime.surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops, loop_owners

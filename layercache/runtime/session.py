@@ -19,10 +19,10 @@ from layercache.errors import ModelMismatchError
 from layercache.models.adapters import blocks_of
 from layercache.models.calling import call_setting, latent_shape
 from layercache.models.fingerprint import setting_of
+from layercache.models.gates import Call
 from layercache.models.patching import own_methods
 from layercache.models.stepping import sigmas_of, tap_step
 from layercache.runtime.arithmetic import device_of, signature
-from layercache.runtime.gates import Call
 from layercache.runtime.groups import Branch, GroupRunner
 from layercache.runtime.position import Position, compare_sigmas
 from layercache.runtime.record import STEP, Record

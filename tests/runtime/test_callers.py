@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from layercache.models.calling import call_pipeline, calling_pipeline
+from layercache.models.calling import calling_pipeline
 from layercache.models.patching import wrappers
+from layercache.models.pipelines import run_pipeline
 from layercache.models.stepping import sigmas_of
 from layercache.runtime import apply_plan
 from tests.runtime import modular
@@ -174,10 +175,10 @@ def test_results_of_modular_and_other_pipelines_are_read_alike(name: str) -> Non
     generator = arguments["generator"] = torch.Generator().manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first = call_pipeline(pipe, arguments)
+        first = run_pipeline(pipe, arguments)
     assert torch.equal(first, call().float())
     # The generator was left as it was.
-    assert torch.equal(call_pipeline(pipe, arguments), first)
+    assert torch.equal(run_pipeline(pipe, arguments), first)
     assert generator.initial_seed() == 0
 
 
