@@ -46,11 +46,11 @@ from tqdm import tqdm
 
 from layercache import CalibrationStats, Plan
 from layercache.calibration import CountSketch, calibrate
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch, batches
 from layercache.calibration.replay import ReplayableTransformer
 from layercache.calibration.residual import ResidualSketches
 from layercache.models import adapter_for, model_fingerprint
+from layercache.models.pipelines import run_pipeline
 from layercache.models.stepping import tapped_step
 from layercache.plan import Budget, Certificate, ModelFingerprint, Predicted, UnitPlan
 from layercache.reference import call_arguments, load_pipeline, prompts
@@ -196,7 +196,7 @@ class Features:
         replayable.on_call(on_call)
         try:
             with torch.no_grad(), tapped_step(pipe.scheduler, on_step):
-                run_pipeline(pipe, batch)
+                run_pipeline(pipe, batch.arguments)
         finally:
             replayable.remove()
         return np.stack(sketches.steps, axis=1)

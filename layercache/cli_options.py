@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 
+from layercache._json import parse
 from layercache.errors import LayerCacheError, ModelMismatchError
 from layercache.plan import Budget, Plan
 
@@ -42,6 +44,13 @@ class GateFailed(Failure):
 
 class Commands(click.Group):
     """Turns expected errors into a line and an exit code; unexpected ones keep their traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; names of files that are no text are shown escaped."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -112,7 +121,7 @@ def remove_parts(folder: Path, identities: Sequence[str]) -> None:
 def parse_json_object(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, Any]:
     """Option callback: a JSON object."""
     try:
-        result = json.loads(value)
+        result = parse(value)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not JSON ({error})", ctx, param) from error
     if not isinstance(result, dict):

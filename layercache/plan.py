@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from layercache._json import parse, require_plain
 from layercache.errors import ModelMismatchError, PlanError
 from layercache.plan_rows import IDLE, MAX_SPAN, REFRESH, SPANS, Frozen, Schedule, UnitPlan
 from layercache.stats import write_atomically
@@ -145,6 +146,7 @@ class Plan(Frozen):
 
     @model_validator(mode="after")
     def _valid(self) -> Plan:
+        require_plain(self.model_dump(), "plan")
         steps = len(self.sigmas) - 1
         if not 1 <= steps <= _MAX_STEPS:
             raise ValueError(f"sigmas has {len(self.sigmas)} values; 2 to {_MAX_STEPS + 1} can be")
@@ -231,6 +233,10 @@ class Plan(Frozen):
         Raises:
             PlanError: The version is unknown, or a value is wrong; the message gives its path.
         """
+        try:
+            require_plain(data, "plan")
+        except ValueError as error:
+            raise PlanError(str(error)) from error
         version = data.get("schema_version") if isinstance(data, Mapping) else None
         if version not in (1, SCHEMA_VERSION) or isinstance(version, bool):
             raise PlanError(
@@ -261,10 +267,10 @@ class Plan(Frozen):
         try:
             if source.stat().st_size > _MAX_FILE_BYTES:
                 raise PlanError(f"{path}: {source.stat().st_size} bytes are no plan; refused")
-            data = json.loads(source.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            data = parse(source.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PlanError(f"{path}: no such plan file") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(
@@ -351,10 +357,6 @@ class Plan(Frozen):
 def version_for(units: Sequence[UnitPlan]) -> Literal[1, 2]:
     """The oldest version of the format that can hold these rows."""
     return 1 if all(unit.taps is None for unit in units) else 2
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _one_line_arrays(text: str) -> str:

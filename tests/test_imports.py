@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "layercache"
 # Which parts of the package each part may import, at module level or inside functions.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "stats": {"errors"},
+    "_json": set(),
+    "stats": {"errors", "_json"},
     "plan_rows": {"errors"},
-    "plan": {"errors", "stats", "plan_rows"},
+    "plan": {"errors", "stats", "plan_rows", "_json"},
     "solver": {"errors", "stats"},
     "options": {"errors", "solver"},
     "figures": {"errors", "stats", "plan", "solver"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "stats", "plan", "solver", "options", "compile", "models", "calibration",
         "runtime", "reference", "refine",
     },
-    "cli_options": {"errors", "plan", "reference"},
+    "cli_options": {"errors", "plan", "reference", "_json"},
     "cli_running": {"stats", "plan", "evaluation", "refine", "cli_options"},
     "cli": {
         "errors", "stats", "plan", "compile", "models", "calibration", "evaluation", "cli_options",
@@ -43,8 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "stats", "plan_rows", "plan", "solver", "options", "figures", "taps", "compile",
-    "cli", "cli_running", "cli_options", "__init__",
+    "errors", "_json", "stats", "plan_rows", "plan", "solver", "options", "figures", "taps",
+    "compile", "cli", "cli_running", "cli_options", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

@@ -125,7 +125,7 @@ GROUP = {"kind": "group", "block_list": "blocks", "start": 0, "stop": 4, "cells"
         ({"schema_version": True}, "schema_version True"),
         ({"surprise": 1}, "plan.surprise: Extra inputs"),
         ({"sigmas": [1.0] * 7}, "sigmas must fall strictly"),
-        ({"sigmas": [1.0, float("nan"), 0.0]}, "sigmas\\[1\\]: Input should be a finite number"),
+        ({"sigmas": [1.0, float("nan"), 0.0]}, "sigmas\\[1\\] is nan, not a finite number"),
         ({"branches": 0}, "branches"),
         ({"budget": {}}, "exactly one"),
         (units({**STEP, "cells": "#####"}), "5 cells for 6"),

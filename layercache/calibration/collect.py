@@ -120,14 +120,15 @@ def collect(
     """
     size = len(batch.ids)
     run = Run(Kept(kept_bytes))
-    residuals = {
-        name: ResidualSketches(sketching.size, sketching.seed, size) for name in performers
-    }
+    residuals: dict[str, ResidualSketches] = {}
 
     def on_step(step: int) -> None:
         component = run.calls[step].component
         if jobs.mode == "residual" and component in performers:
-            residuals[component].add(performers[component], step)
+            # As long as the sketches of the velocities.
+            longest = min(sketching.size, run.velocities[0][0].numel())
+            new = ResidualSketches(longest, sketching.seed, size)
+            residuals.setdefault(component, new).add(performers[component], step)
         tick()
 
     recorder = Recorder(

@@ -8,6 +8,7 @@ later, when it runs again with its calls answered from what was kept (`reenact`)
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,7 @@ class Run:
     def segments(self, component: str) -> NDArray[np.float64]:
         """(T,) numbers of the stretches over which a component is called alike."""
         shapes = [step.shapes if step.component == component else [] for step in self.calls]
-        changes = [0, *(a != b for a, b in zip(shapes, shapes[1:], strict=False))]
+        changes = [0, *(a != b for a, b in itertools.pairwise(shapes))]
         found: NDArray[np.float64] = np.cumsum(changes).astype(np.float64)
         return found
 
@@ -163,7 +164,7 @@ class Recorder:
         self.batched: bool | None = None
         self._began: Any = None
         self._returned: Any = None
-        self._moved: tuple[Tensor, Tensor] | None = None
+        self._made: Tensor | None = None
         # Of calls of one kind, where what they gave is kept.
         self._known: dict[tuple[Any, ...], list[Key]] = {}
 
@@ -260,7 +261,8 @@ class Recorder:
                 f"{type(self.stage.pipe.scheduler).__name__} drew noise at step {step}, so no two "
                 "runs can be compared: use a deterministic scheduler"
             )
-        self._moved = (sample, result)
+        # Copies, since pipelines write into the tensors that they hand over.
+        self._made = result.detach().to("cpu", copy=True)
         self._end_step(step, result, performer)
         return result
 
@@ -287,11 +289,9 @@ class Recorder:
         if not run.latents:
             run.live = torch.zeros(sample.shape, dtype=torch.bool)
             return
-        assert self._moved is not None
-        before, made = self._moved
-        same = (sample == made.to(sample.dtype)) & (made != before)
-        assert run.live is not None
-        run.live |= same.cpu()
+        assert run.live is not None and self._made is not None
+        before, made = run.latents[-1], self._made
+        run.live |= (sample.cpu() == made.to(sample.dtype)) & (made.to(before.dtype) != before)
 
     def _end_step(self, step: int, result: Tensor, performer: ReplayableTransformer | None) -> None:
         run, scheduler = self.run, self.stage.pipe.scheduler

@@ -13,6 +13,7 @@ them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -242,10 +243,8 @@ class ReplayableTransformer:
             self._replay = None
         if count == 1:
             return [output]
-        return [
-            map_tensors(lambda tensor, at=at: tensor[at * size : (at + 1) * size], output)
-            for at in range(count)
-        ]
+        rows = [slice(at * size, (at + 1) * size) for at in range(count)]
+        return [map_tensors(operator.itemgetter(row), output) for row in rows]
 
     def available(self, call: RecordedCall, group: int, lags: Sequence[int]) -> list[int]:
         """Those of `lags` at which this call's residual of the group is held."""

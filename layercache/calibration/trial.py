@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from layercache.calibration.kept import Kept
@@ -173,7 +174,8 @@ def _watched(stage: Stage, batch: Batch, performers: Performers) -> _Watched:
     director = _Watched(stage, performers, run, len(batch.ids), computed=1)
     director.memory = PeakMemory(next(iter(performers.values())).device)
     try:
-        with director.memory:
+        # Operations within compiled blocks would not be seen, and fullgraph=True would fail.
+        with torch.compiler.set_stance("force_eager"), director.memory:
             stage.play(batch, director, "note")
             director.lap()
     finally:

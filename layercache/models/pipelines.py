@@ -39,12 +39,13 @@ def decodes(pipe: Any) -> bool:
     return getattr(pipe, "vae", None) is not None
 
 
-def run_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Tensor:
+def run_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int = 0) -> Tensor:
     """Call a pipeline from the start, whatever was drawn before.
 
     Args:
         pipe: The pipeline.
         arguments: Arguments of its call. Generators are copied, since they are stateful.
+        seed: Of torch's global generators during the call, which are left as they were.
 
     Returns:
         (B, C, H, W) images or (B, F, C, H, W) videos in [0, 1] on the CPU, or latents where nothing
@@ -57,10 +58,11 @@ def run_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Tensor:
     elif isinstance(generators, torch.Generator):
         call["generator"] = generators.clone_state()
     call["output_type"] = "pt" if decodes(pipe) else "latent"
-    if is_modular(pipe):
-        output = _modular_output(pipe, call)
-    else:
-        output = pipe(**call, return_dict=False)[0]
+    with torch.random.fork_rng(_cuda_devices()):
+        # Some pipelines draw from the global generator besides the one that they are given.
+        torch.manual_seed(seed)
+        made = _modular_output(pipe, call) if is_modular(pipe) else pipe(**call, return_dict=False)
+    output = made if is_modular(pipe) else made[0]
     tensor = output if isinstance(output, Tensor) else torch.stack(list(output))
     if decodes(pipe) and tensor.ndim == 4 and _makes_videos(pipe):
         tensor = tensor[None]
@@ -74,6 +76,9 @@ def _makes_videos(pipe: Any) -> bool:
 
 def _modular_output(pipe: Any, call: dict[str, Any]) -> Any:
     asked = call.pop("output", None)
+    # A modular pipeline warns of arguments that none of its blocks takes.
+    if all(parameter.name != "output_type" for parameter in pipe._blocks.inputs):
+        del call["output_type"]
     state = pipe(**call)
     if asked is not None:
         return state.get(asked)
@@ -85,6 +90,10 @@ def _modular_output(pipe: Any, call: dict[str, Any]) -> Any:
         f"{type(pipe).__name__} returned none of {', '.join(_OUTPUTS)}: name what it makes with "
         "output="
     )
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 def free_models(pipe: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from layercache._json import parse
 from layercache.errors import StatsError
 
 _META = "meta"
@@ -27,7 +28,7 @@ def write_archive(
     path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]
 ) -> None:
     """Write the file atomically: a reader sees the old file or the whole new one."""
-    text = json.dumps(meta, sort_keys=True).encode()
+    text = json.dumps(meta, sort_keys=True, allow_nan=False).encode()
     buffer = io.BytesIO()
     members: dict[str, Any] = {**arrays, _META: np.frombuffer(text, dtype=np.uint8)}
     np.savez(buffer, **members)
@@ -87,8 +88,8 @@ def _read(
     with archive.open(members[_META]) as file:
         try:
             text = _array(file, members[_META], path).tobytes()
-            meta = json.loads(text, parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
+            meta = parse(text)
+        except ValueError as error:
             raise StatsError(f"{path}: its metadata is not JSON ({error})") from error
     if not isinstance(meta, dict):
         raise StatsError(f"{path}: its metadata is not a JSON object")
@@ -97,10 +98,6 @@ def _read(
         with archive.open(members[name]) as file:
             arrays[name] = _array(file, members[name], path)
     return arrays, meta
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _array(file: Any, info: zipfile.ZipInfo, path: str) -> NDArray[Any]:

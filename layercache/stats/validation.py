@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from layercache._json import require_plain
 from layercache.errors import StatsError
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ ARRAYS = (
 SHARED = ("sigmas", "loads", "segments")
 """Those that all prompts share."""
 _MODES = ("replay", "residual")
+_MOST = 1e12
+"""Bound of all values, and of the inverses of those that must be positive. Products of a few stay
+far from the ends of float64, and squares from those of float32."""
 
 
 def check_stats(stats: CalibrationStats) -> None:
@@ -34,6 +38,11 @@ def check_stats(stats: CalibrationStats) -> None:
     Raises:
         StatsError: The message names the field and what was expected.
     """
+    for name in ("model", "setting", "component", "mode", "prompt_ids"):
+        try:
+            require_plain(getattr(stats, name), name)
+        except ValueError as error:
+            raise StatsError(str(error)) from error
     sigmas, groups = stats.sigmas, len(stats.groups)
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise StatsError(f"sigmas has shape {sigmas.shape}; it needs T+1 >= 2 values")
@@ -62,6 +71,11 @@ def check_stats(stats: CalibrationStats) -> None:
                 f"{name} holds NaN or infinity: the calibration run overflowed; "
                 "calibrate again in float32 or bfloat16"
             )
+        if np.abs(getattr(stats, name)).max(initial=0) > _MOST:
+            raise StatsError(
+                f"{name} holds {np.abs(getattr(stats, name)).max():.3g}, more than {_MOST:g}: the "
+                "calibration run overflowed; calibrate again in float32 or bfloat16"
+            )
     if not (np.diff(sigmas) < 0).all() or sigmas[-1] != 0:
         raise StatsError("sigmas must fall strictly and end at 0; the schedule is malformed")
     counts = {
@@ -84,8 +98,9 @@ def check_stats(stats: CalibrationStats) -> None:
         raise StatsError("times_ms must not be negative")
     if not (stats.times_ms[:, :-1] > 0).any(axis=1).all():
         raise StatsError("times_ms is 0 throughout for a prompt; every transformer takes time")
-    if (stats.image_gain <= 0).any() or (stats.amplification <= 0).any():
-        raise StatsError("image_gain and amplification must be positive")
+    for name in ("image_gain", "amplification"):
+        if (getattr(stats, name) < 1 / _MOST).any():
+            raise StatsError(f"{name} is {getattr(stats, name).min():.3g}; it must be positive")
     if (stats.loads < 0).any() or (stats.loads > 1).any() or not (stats.loads == 1).any():
         raise StatsError("loads are shares of the fullest step: from 0 to 1, and 1 somewhere")
     if stats.segments[0] != 0 or not np.isin(np.diff(stats.segments), (0, 1)).all():

@@ -1,0 +1,1 @@
+"""Rivals, benchmark, training and studies of LayerCache. Not part of the installed package."""
