@@ -88,17 +88,19 @@ def _from_array(array: Any) -> Tensor:
             f"an array of shape {values.shape} holds no images: their channels must be last"
         )
     scale = 255.0 if values.dtype == np.uint8 else 1.0
-    return torch.from_numpy(np.ascontiguousarray(values)).movedim(-1, -3).float() / scale
+    return torch.from_numpy(np.array(values)).movedim(-1, -3).float() / scale
 
 
 def _with_frames_first(pictures: Tensor) -> Tensor:
     if pictures.ndim == 4:
         return pictures
     if pictures.ndim == 5:
-        # Pipelines return frames before channels; models work with channels first.
-        if pictures.shape[2] in _CHANNELS:
+        # Pipelines return frames before channels, models work with channels first; and four
+        # frames of three channels are no three frames with alpha.
+        frames_first, channels_first = pictures.shape[2], pictures.shape[1]
+        if frames_first == 3 or (frames_first in _CHANNELS and channels_first != 3):
             return pictures
-        if pictures.shape[1] in _CHANNELS:
+        if channels_first in _CHANNELS:
             return pictures.transpose(1, 2)
     raise LayerCacheError(
         f"a tensor of shape {tuple(pictures.shape)} holds no images: it must be (N, C, H, W), or "
