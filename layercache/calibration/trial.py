@@ -20,7 +20,7 @@ from layercache.calibration.kept import Kept
 from layercache.calibration.memory import PeakMemory
 from layercache.calibration.prompts import Batch
 from layercache.calibration.record import Performers, Recorder, Run
-from layercache.calibration.reenact import check_forgets, check_repeats
+from layercache.calibration.reenact import check_forgets, check_repeats, check_stateless
 from layercache.calibration.replay import RecordedCall, ReplayableTransformer
 from layercache.calibration.stage import At, Stage
 from layercache.errors import StatsError
@@ -45,6 +45,7 @@ class Trial:
         pair_bytes: Bytes that a doubled call needs.
         held_bytes: Bytes that are held of one recorded step.
         kept_bytes: Bytes of the outputs of a whole run.
+        primed: See `Run.primed`.
     """
 
     run: Run
@@ -58,6 +59,7 @@ class Trial:
     pair_bytes: int
     held_bytes: int
     kept_bytes: int
+    primed: bool
 
 
 class _Timed(Recorder):
@@ -122,6 +124,7 @@ def try_out(stage: Stage, batch: Batch, performers: Performers) -> Trial:
     try:
         others = check_repeats(stage, batch, run)
         check_forgets(stage, batch, run, others)
+        primed = check_stateless(stage, batch, run, others)
         kept_bytes = run.kept.held
     finally:
         run.kept.close()
@@ -143,6 +146,7 @@ def try_out(stage: Stage, batch: Batch, performers: Performers) -> Trial:
         pair_bytes=watched.pair_bytes,
         held_bytes=watched.held_bytes,
         kept_bytes=kept_bytes,
+        primed=primed,
     )
 
 

@@ -52,9 +52,9 @@ def table() -> str:
         BEGIN,
         "",
         f"{len(ENTRIES)} variants of {len({entry.pipeline for entry in ENTRIES})} pipelines. Each "
-        "is run plainly, calibrated (what is recorded equals the plain run bit for bit), compiled for "
-        "1.3x with whole steps and with groups alone, and run under both plans and under one that "
-        "computes everything.",
+        "is run plainly, calibrated (what is recorded equals the plain run bit for bit), compiled "
+        "for 1.3x with whole steps and with groups alone, and run under both plans and under one "
+        "that computes everything.",
         "",
         "| transformer | pipeline | scheduler | variants | |",
         "|---|---|---|---|---|",
