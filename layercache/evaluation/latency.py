@@ -23,7 +23,8 @@ class Timing:
 
     Attributes:
         seconds: One wall-clock time a round, of the whole pipeline call.
-        images: (N, C, H, W) images of all batches, in order, in [0, 1].
+        images: (N, C, H, W) images or (N, F, C, H, W) videos of all batches, in order, in [0, 1],
+            or latents where nothing decodes them.
     """
 
     seconds: tuple[float, ...]
@@ -40,7 +41,7 @@ class Run:
     """One generation.
 
     Attributes:
-        images: (B, C, H, W) on the CPU, in [0, 1].
+        images: (B, C, H, W) or (B, F, C, H, W) on the CPU, in [0, 1], or latents.
         seconds: Wall-clock time of the pipeline call.
         cpu_seconds: Processor time of the process in the call, all threads together.
     """

@@ -138,7 +138,7 @@ class Measuring:
         distances = None if self.lpips is None else self.lpips(images, reference)
         return {
             "psnr": list(close.psnr_db),
-            "ssim": list(close.ssim),
+            "ssim": list(close.ssim or ()),
             "ms_ssim": None if scales is None else scales.tolist(),
             "lpips": None if distances is None else distances.tolist(),
         }
