@@ -1,24 +1,402 @@
-"""`compile_plan`: where statistics, solvers and plans meet. On its way to the new plan format."""
+"""`compile_plan`: from statistics to a plan, straight through.
+
+    price(stats)  ->  propose (solver)  ->  fit taps and score  ->  search  ->  Plan.of  ->  verify
+
+Prices are separable, and solvers propose schedules on them (`prediction.prices`, `solver`). The error
+model fits taps and scores schedules (`prediction.error`); the search makes that score small
+(`prediction.search`). The plan states what the error model foretells, and `verify` computes every
+figure of it again from the statistics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
+from pydantic import ValidationError
+
+from layercache.costs import STEP, cache_bytes, cell_ms, full_ms, speedup_of
+from layercache.errors import BudgetError, LayerCacheError, StatsError
 from layercache.options import Options
-from layercache.plan import Budget, Plan
+from layercache.plan import COMPUTED, IDLE, SPANS, Budget, Certificate, Plan, UnitPlan
+from layercache.prediction import (
+    DEPTH,
+    STEP_LAGS,
+    ErrorModel,
+    Fit,
+    Search,
+    Table,
+    predicted_psnr,
+    price,
+    resample,
+    uncacheable,
+)
+from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
+from layercache.solver.dp import DynamicProgramme
+from layercache.solver.problem import BoolArray
 from layercache.stats import CalibrationStats
+from layercache.verify import verify
+
+Progress = Callable[[int, int], None]
+NEAR = 0.1
+"""Schedules whose quick scores are so close (1 dB) are fitted in full, and the best is taken."""
 
 
-def compile_plan(stats: CalibrationStats, budget: Budget | float | str, **options: Any) -> Plan:
-    """Not there yet in this commit."""
-    raise NotImplementedError("compile_plan is being rewritten for plan format 1")
+def compile_plan(
+    stats: CalibrationStats,
+    budget: Budget | float | str,
+    *,
+    solver: str = "search",
+    units: Sequence[str] = ("step", "groups"),
+    predictor: str = "fitted",
+    max_cache_bytes: int | None = None,
+    max_gap: int | None = None,
+    forced: Sequence[int] = (),
+    sigmas: Sequence[float] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan that keeps the most quality within a budget. Needs no GPU and no torch.
+
+    Args:
+        stats: What calibration measured.
+        budget: `Budget(speedup=1.37)`, `Budget(fraction=0.73)`, `"1.37x"` or `0.73`. A fraction is
+            a share of the transformer's measured time; a speedup is that of the whole generation,
+            with what each step spends outside the transformer.
+        solver: `"search"` makes the predicted error small; `"dp"` the sum of separable prices, with
+            a proven bound; `"greedy"` is the published allocator; `"milp"` the slow reference.
+        units: What may be cached: whole steps (`"step"`), groups of blocks (`"groups"`), or both.
+        predictor: `"fitted"` taps; `"published"`, the one tap that the noise levels give; `"reuse"`
+            of the last computed value.
+        max_cache_bytes: Limit on stored tensors for one image.
+        max_gap: Most steps between a cached cell and its anchor.
+        forced: Steps at which everything is computed, besides the first.
+        sigmas: Compile for this schedule of T+1 noise levels (another number of steps, another
+            shift) by interpolating the statistics; the plan's provenance says so.
+        progress: Called with how many of how many levels are searched.
+
+    Raises:
+        BudgetError: The budget cannot be met; the message gives the tightest one that can.
+        PlanError: The budget cannot be read.
+        StatsError: The statistics cannot be interpolated to `sigmas`.
+        OptionError: An option is unknown or not of its type.
+
+    Example:
+        >>> plan = compile_plan(stats, "2x")  # doctest: +SKIP
+        >>> plan.predicted.speedup >= 2  # doctest: +SKIP
+        True
+
+    The published method (arXiv 2604.16492) is `solver="greedy", units=("groups",),
+    predictor="published"`.
+    """
+    options = Options(
+        solver=solver,
+        units=units,
+        predictor=predictor,
+        max_cache_bytes=max_cache_bytes,
+        max_gap=max_gap,
+        forced=forced,
+        sigmas=sigmas,
+    )
+    return pareto(stats, [budget], options, progress=progress)[0]
 
 
 def pareto(
     stats: CalibrationStats,
     budgets: Sequence[Budget | float | str],
     options: Options | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> list[Plan]:
-    """Not there yet in this commit."""
-    raise NotImplementedError("pareto is being rewritten for plan format 1")
+    """One plan a budget, the work that does not depend on the budget done once.
+
+    Raises:
+        BudgetError: One of the budgets cannot be met; the message names it.
+    """
+    compiler = _Compiler(stats, options or Options(), progress or (lambda level, levels: None))
+    return [compiler.plan(Budget.parse(budget)) for budget in budgets]
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """A fitted schedule with what is known of it."""
+
+    fit: Fit
+    certificate: Certificate
+
+
+class _Compiler:
+    """Statistics, options, and what all budgets share."""
+
+    def __init__(self, stats: CalibrationStats, options: Options, progress: Progress) -> None:
+        if full_ms(stats) <= 0:
+            raise StatsError(
+                "times_ms gives the transformer 0 ms a step, of which no budget can be a share: "
+                "calibrate again with a clock that sees its time"
+            )
+        self.measured = stats
+        if options.sigmas is not None:
+            stats = resample(stats, np.array(options.sigmas))
+        options.check_steps(stats.num_steps)
+        self.stats, self.options, self.progress = stats, options, progress
+        self.forced = uncacheable(stats) | frozenset(options.forced)
+        self._models: dict[int, ErrorModel] = {}
+
+    def plan(self, budget: Budget) -> Plan:
+        """The plan for one budget, verified."""
+        limit = budget.limit_ms(self.stats)
+        try:
+            choices = list(
+                self._searched(limit) if self.options.solver == "search" else self._solved(limit)
+            )
+        except InfeasibleBudgetError as error:
+            raise self._infeasible(budget, error) from error
+        plans = []
+        for choice in choices:
+            try:
+                plans.append(self._plan(budget, choice))
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise StatsError(
+                    f"the statistics make no plan ({place + ': ' if place else ''}{first['msg']}): "
+                    "their model or groups are malformed; calibrate again"
+                ) from error
+        verify(self.measured, plans[0])
+        return plans[0]
+
+    # -- solvers ------------------------------------------------------------------------------
+
+    @cached_property
+    def _problem(self) -> ScheduleProblem:
+        stats, options = self.stats, self.options
+        rest = float(cell_ms(stats)[:, -1].sum())
+        return ScheduleProblem(
+            units=price(stats, options.units, options.predictor),
+            budget_ms=0.0,
+            fixed_ms=0.0 if "step" in options.units else rest,
+            history=0 if options.predictor == "reuse" else 1,
+            max_gap=options.max_gap,
+            forced=self.forced,
+            max_cache_bytes=options.max_cache_bytes,
+        )
+
+    @cached_property
+    def _programme(self) -> DynamicProgramme:
+        return DynamicProgramme(self._problem)
+
+    def _solved(self, limit_ms: float) -> Iterator[_Choice]:
+        """The schedule of one solver, with as many taps as the bytes allow."""
+        if self.options.solver == "dp":
+            solution = self._programme.solve(limit_ms)
+        else:
+            solution = SOLVERS[self.options.solver](self._problem.with_budget(limit_ms))
+        certificate = Certificate(
+            solver=solution.solver,
+            value=solution.objective,
+            lower_bound=solution.lower_bound,
+        )
+        computed = self._computed(solution)
+        for depth in range(DEPTH, -1, -1):
+            fit = self._model(depth).fit(computed)
+            if depth == 0 or self._fits(fit):
+                yield _Choice(fit, certificate)
+                return
+
+    def _computed(self, solution: ScheduleSolution) -> BoolArray:
+        """(T, 1+G) of a solution, which has columns for its units alone."""
+        columns = dict(zip(solution.names, solution.computed.T, strict=True))
+        run = columns.get(STEP, np.ones(self.stats.num_steps, dtype=bool))
+        rows = [run] + [columns.get(group.name, run) for group in self.stats.groups]
+        return np.array(rows).T
+
+    def _model(self, depth: int) -> ErrorModel:
+        if depth not in self._models:
+            self._models[depth] = ErrorModel(self.stats, self.options.predictor, depth)
+        return self._models[depth]
+
+    # -- the search ---------------------------------------------------------------------------
+
+    def _searched(self, limit_ms: float) -> Iterator[_Choice]:
+        """The best schedule of all searches, in full fits."""
+        best: _Choice | None = None
+        for depth, search in self._searches:
+            for found in search.near(limit_ms, NEAR):
+                fit = self._model(depth).fit(found.computed)
+                if fit.exact:
+                    certificate = Certificate(solver="search", value=0.0, lower_bound=0.0)
+                else:
+                    certificate = Certificate(
+                        solver="search", objective="score", value=fit.score, starts=found.starts
+                    )
+                if best is None or fit.score < best.fit.score:
+                    best = _Choice(fit, certificate)
+        if best is not None:
+            yield best
+            return
+        # Between what the programme can meet and the first level there is nothing to search.
+        yield from self._solved_tightly(limit_ms)
+
+    def _solved_tightly(self, limit_ms: float) -> Iterator[_Choice]:
+        computed = self._computed(self._programme.solve(limit_ms))
+        fit = self._model(0 if self.options.max_cache_bytes is not None else DEPTH).fit(computed)
+        certificate = Certificate(solver="search", objective="score", value=fit.score, starts=1)
+        yield _Choice(fit, certificate)
+
+    @cached_property
+    def _searches(self) -> list[tuple[int, Search]]:
+        """A search of whole steps, and one with groups that starts from what it finds."""
+        depths = (DEPTH,) if self.options.max_cache_bytes is None else range(DEPTH, -1, -1)
+        found = []
+        for depth in depths:
+            table = self._table(depth)
+            steps = None
+            if table.skips:
+                alone = Table(table.cost, table.fixed, True, (), table.step_reach, 0)
+                model = self._quick(depth, groups=False)
+                steps = Search(model, alone, self._proposals, self.progress)
+                found.append((depth, steps))
+            if table.groups:
+                model = self._quick(depth, groups=True)
+                found.append((depth, Search(model, table, self._from(steps), self.progress)))
+        return found
+
+    def _quick(self, depth: int, groups: bool) -> ErrorModel:
+        return ErrorModel(self.stats, self.options.predictor, depth, quick=True, groups=groups)
+
+    def _proposals(self, budget_ms: float) -> list[BoolArray]:
+        """What the dynamic programme and the published allocator make of a budget."""
+        found = []
+        problem = self._problem.with_budget(budget_ms)
+        for solve in (self._programme.solve, lambda _: SOLVERS["greedy"](problem)):
+            try:
+                found.append(self._computed(solve(budget_ms)))
+            except InfeasibleBudgetError:
+                continue
+        return found
+
+    def _from(self, steps: Search | None) -> Callable[[float], list[BoolArray]]:
+        def propose(budget_ms: float) -> list[BoolArray]:
+            best = None if steps is None else steps.best(budget_ms)
+            return ([] if best is None else [best.computed]) + self._proposals(budget_ms)
+
+        return propose
+
+    def _table(self, depth: int) -> Table:
+        """The schedules that options and bytes allow at a depth."""
+        stats, options = self.stats, self.options
+        times = cell_ms(stats)
+        fixed: BoolArray = np.zeros(stats.num_steps, dtype=bool)
+        fixed[[0, *sorted(self.forced)]] = True
+        room = math.inf if options.max_cache_bytes is None else float(options.max_cache_bytes)
+        outputs = stats.velocity_bytes * (1 + (depth + 1 if depth else 0))
+        skips = "step" in options.units and outputs + stats.output_bytes <= room
+        room -= outputs + stats.output_bytes if skips else outputs if depth else 0
+        groups = []
+        if "groups" in options.units:
+            for index in np.argsort(stats.group_bytes, kind="stable").tolist():
+                size = stats.group_bytes[index] * (1 + depth)
+                if size <= room:
+                    groups.append(index)
+                    room -= size
+        most = math.inf if options.max_gap is None else options.max_gap
+        return Table(
+            cost=np.column_stack([times[:, -1], times[:, :-1]]),
+            fixed=fixed,
+            skips=skips,
+            groups=tuple(sorted(groups)),
+            step_reach=int(min(STEP_LAGS, most)),
+            group_reach=int(min(stats.max_lag, most)),
+        )
+
+    # -- the plan -----------------------------------------------------------------------------
+
+    def _fits(self, fit: Fit) -> bool:
+        limit = self.options.max_cache_bytes
+        if limit is None:
+            return True
+        rows = rows_of(self.stats, self.options, fit)
+        schedules = {row.name: row.schedule(self.stats.sigmas.tolist()) for row in rows}
+        return cache_bytes(self.stats, schedules) <= limit
+
+    def _plan(self, budget: Budget, choice: _Choice) -> Plan:
+        stats = self.stats
+        psnr = predicted_psnr(stats, choice.fit.error)
+        provenance = {
+            "calibration_prompts": stats.num_prompts,
+            "calibration_mode": stats.mode,
+            "prompts_sha256": stats.prompts_sha256,
+            "sketch_seed": stats.sketch_seed,
+        }
+        if self.options.sigmas is not None:
+            provenance["interpolated_from_steps"] = self.measured.num_steps
+        return Plan.of(
+            stats,
+            budget,
+            self.options,
+            rows_of(stats, self.options, choice.fit),
+            psnr=None if choice.fit.exact or not np.isfinite(psnr).all() else psnr,
+            certificate=choice.certificate,
+            provenance=provenance,
+        )
+
+    def _infeasible(self, budget: Budget, error: InfeasibleBudgetError) -> BudgetError:
+        if not np.isfinite(error.smallest_ms):
+            return BudgetError(f"a budget of {budget} cannot be met: {error}")
+        # Rounded to the side on which the budget is met; all of it may come out a bit above 1.
+        share = min(math.ceil(error.smallest_ms / full_ms(self.stats) * 1e4) / 1e4, 1.0)
+        speedup = math.floor(speedup_of(self.stats, error.smallest_ms) * 1e3) / 1e3
+        found = "" if error.proven else "found "
+        return BudgetError(
+            f"a budget of {budget} cannot be met: the tightest {found}for these statistics and "
+            f"options is Budget(fraction={share:.4f}) or Budget(speedup={max(speedup, 1.0):.3f}); "
+            "relax the budget, calibrate with more lags, or raise max_gap and max_cache_bytes "
+            "where they are set"
+        )
+
+
+def rows_of(stats: CalibrationStats, options: Options, fit: Fit) -> tuple[UnitPlan, ...]:
+    """A fitted schedule as the rows of a plan."""
+    run, rows = fit.computed[:, 0], []
+    if "step" in options.units or any(fit.taps):
+        cells = "".join(COMPUTED if here else SPANS[0] for here in run)
+        taps = fit.taps if any(fit.taps) else None
+        rows.append(UnitPlan(kind="step", cells=cells, taps=taps))
+    if "groups" in options.units:
+        for index in range(stats.num_groups):
+            rows.append(_group_row(stats, fit, index))
+    return tuple(rows)
+
+
+def _group_row(stats: CalibrationStats, fit: Fit, index: int) -> UnitPlan:
+    symbols, taps = [], []
+    done: list[int] = []
+    for step, here in enumerate(fit.computed[:, 1 + index].tolist()):
+        row: tuple[float, ...] = ()
+        if here:
+            symbols.append(COMPUTED)
+            done.append(step)
+        elif not fit.computed[step, 0]:
+            symbols.append(IDLE)
+        else:
+            cell = fit.cells[index][step]
+            read = [h for h, tap in enumerate(cell.taps) if tap]
+            span = done[-1] - done[-2 - read[-1]] if read else 0
+            if span >= len(SPANS):
+                raise LayerCacheError(
+                    f"{stats.groups[index].name}: a span of {span} steps has no symbol in a plan"
+                )
+            symbols.append(SPANS[span])
+            row = () if cell.published or not read else cell.taps
+        taps.append(row)
+    group = stats.groups[index]
+    return UnitPlan(
+        kind="group",
+        block_list=group.block_list,
+        start=group.start,
+        stop=group.stop,
+        cells="".join(symbols),
+        taps=tuple(taps) if any(taps) else None,
+    )

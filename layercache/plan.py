@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from layercache import costs
 from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Frozen, Schedule, UnitPlan
 from layercache.errors import ModelMismatchError, PlanError
 from layercache.options import Options
-from layercache.stats import write_atomically
+from layercache.stats import CalibrationStats, FloatArray, write_atomically
 
 __all__ = [
     "COMPUTED",
@@ -92,6 +94,10 @@ class Budget(Frozen):
                 f"budget {value!r} cannot be read: give a share in (0, 1] such as 0.73, "
                 'a speedup of at least 1 such as "1.37x", or a Budget'
             ) from error
+
+    def limit_ms(self, stats: CalibrationStats) -> float:
+        """Milliseconds that the transformer may take for all steps."""
+        return costs.budget_ms(stats, fraction=self.fraction, speedup=self.speedup)
 
     def __str__(self) -> str:
         if self.speedup is not None:
@@ -220,6 +226,67 @@ class Plan(Frozen):
         copied.__dict__.pop("schedules", None)
         return copied
 
+    @classmethod
+    def of(
+        cls,
+        stats: CalibrationStats,
+        budget: Budget,
+        asked: Options,
+        units: Sequence[UnitPlan],
+        *,
+        psnr: FloatArray | None,
+        certificate: Certificate,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """A plan of these rows, with its costs computed from the statistics.
+
+        Args:
+            stats: Statistics at the noise levels of the plan.
+            budget: What was asked for.
+            asked: How it was compiled.
+            units: The rows.
+            psnr: (P,) what is predicted of each calibration prompt; None if nothing is.
+            certificate: What is known of how good it is.
+            provenance: Where it comes from.
+        """
+        sigmas = tuple(float(sigma) for sigma in stats.sigmas)
+        schedules = {unit.name: unit.schedule(sigmas) for unit in units}
+        spent = costs.spent_ms(stats, schedules)
+        figures = {}
+        if psnr is not None:
+            figures = {
+                "psnr_db": float(psnr.mean()),
+                "psnr_median_db": float(np.median(psnr)),
+                "psnr_worst_db": float(psnr.min()),
+            }
+        setting = stats.setting
+        if asked.sigmas is not None:
+            # The sigmas stand in the plan; what the calibration called for would contradict them.
+            setting = {
+                key: value
+                for key, value in setting.items()
+                if key != "num_inference_steps" and "shift" not in key
+            }
+        return cls(
+            generator=f"layercache {_version()}",
+            component=stats.component,
+            model=ModelFingerprint.model_validate(stats.model),
+            setting=setting,
+            sigmas=sigmas,
+            branches=stats.branches,
+            units=tuple(units),
+            budget=budget,
+            asked=asked,
+            predicted=Predicted(
+                speedup=costs.speedup_of(stats, spent),
+                compute_share=spent / costs.full_ms(stats),
+                cache_bytes=costs.cache_bytes(stats, schedules),
+                **figures,
+            ),
+            certificate=certificate,
+            provenance=dict(provenance or {}),
+        )
+
     @property
     def num_steps(self) -> int:
         """T."""
@@ -259,10 +326,10 @@ class Plan(Frozen):
         Raises:
             PlanError: The version is unknown, or a value is wrong; the message gives its path.
         """
-        version = data.get("schema_version") if isinstance(data, Mapping) else None
-        if type(version) is not int or version != SCHEMA_VERSION:
+        found = data.get("schema_version") if isinstance(data, Mapping) else None
+        if type(found) is not int or found != SCHEMA_VERSION:
             raise PlanError(
-                f"the plan has schema_version {version!r}; this LayerCache reads version "
+                f"the plan has schema_version {found!r}; this LayerCache reads version "
                 f"{SCHEMA_VERSION}: upgrade LayerCache or compile the plan again"
             )
         try:
@@ -358,6 +425,13 @@ class Plan(Frozen):
             f"  certificate: {self.certificate}",
         ]
         return "\n".join(lines)
+
+
+def _version() -> str:
+    try:
+        return version("layercache-flow")
+    except PackageNotFoundError:
+        return "from source"
 
 
 def _check_text(data: Any) -> None:
