@@ -10,8 +10,8 @@ from torch import nn
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
 from layercache.models.adapters import adapter_for, blocks_of, check_signature, unwrap
 from layercache.models.fingerprint import model_fingerprint, setting_of
+from layercache.models.gates import gate_of, is_compiled
 from layercache.plan import Plan
-from layercache.runtime.gates import gate_of, is_compiled
 from layercache.runtime.run import OnMismatch, PlanRun
 
 

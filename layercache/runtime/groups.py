@@ -25,9 +25,9 @@ from layercache.models.adapters import (
     read_streams,
     write_outputs,
 )
+from layercache.models.gates import Call, Handler
 from layercache.plan import Schedule
 from layercache.runtime.arithmetic import add, difference, predict
-from layercache.runtime.gates import Call, Handler
 from layercache.runtime.offloading import Transfers, shared_transfers
 from layercache.runtime.timing import Clock, Mark
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
 from layercache.models.adapters import Adapter, blocks_of, unwrap
+from layercache.models.gates import Call, Gate, is_compiled
 from layercache.models.patching import Function, wrap_method
 from layercache.models.stepping import sigmas_of, tap_step
 from layercache.plan import Plan
 from layercache.runtime.arithmetic import device_of, signature
-from layercache.runtime.gates import Call, Gate, is_compiled
 from layercache.runtime.groups import Branch, GroupRunner
 from layercache.runtime.position import Position, compare_sigmas
 from layercache.runtime.record import STEP, Record

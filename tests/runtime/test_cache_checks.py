@@ -17,9 +17,9 @@ from torch import Tensor
 
 from layercache.errors import LayerCacheError
 from layercache.models import model_fingerprint
+from layercache.models.gates import gate_of
 from layercache.plan import Plan
 from layercache.runtime import PlanRun, apply_plan
-from layercache.runtime.gates import gate_of
 from tests.models.zoo import BUILDERS, build
 from tests.runtime.harness import LoopPipeline, group, make_plan, step
 
