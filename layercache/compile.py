@@ -170,29 +170,28 @@ class _Compiler:
     # -- solvers ------------------------------------------------------------------------------
 
     @cached_property
-    def _problem(self) -> ScheduleProblem:
+    def _programme(self) -> DynamicProgramme:
+        return DynamicProgramme(self._problem(tuple(self.options.units)))
+
+    def _problem(self, units: Sequence[str]) -> ScheduleProblem:
         stats, options = self.stats, self.options
         rest = float(cell_ms(stats)[:, -1].sum())
         return ScheduleProblem(
-            units=price(stats, options.units, options.predictor),
+            units=price(stats, units, options.predictor),
             budget_ms=0.0,
-            fixed_ms=0.0 if "step" in options.units else rest,
+            fixed_ms=0.0 if "step" in units else rest,
             history=0 if options.predictor == "reuse" else 1,
             max_gap=options.max_gap,
             forced=self.forced,
             max_cache_bytes=options.max_cache_bytes,
         )
 
-    @cached_property
-    def _programme(self) -> DynamicProgramme:
-        return DynamicProgramme(self._problem)
-
     def _solved(self, limit_ms: float) -> Iterator[_Choice]:
         """The schedule of one solver, with as many taps as the bytes allow."""
         if self.options.solver == "dp":
             solution = self._programme.solve(limit_ms)
         else:
-            solution = SOLVERS[self.options.solver](self._problem.with_budget(limit_ms))
+            solution = SOLVERS[self.options.solver](self._programme.problem.with_budget(limit_ms))
         certificate = Certificate(
             solver=solution.solver,
             value=solution.objective,
@@ -256,31 +255,33 @@ class _Compiler:
             if table.skips:
                 alone = Table(table.cost, table.fixed, True, (), table.step_reach, 0)
                 model = self._quick(depth, groups=False)
-                steps = Search(model, alone, self._proposals, self.progress)
+                programme = DynamicProgramme(self._problem(("step",)))
+                steps = Search(model, alone, self._propose(programme), self.progress)
                 found.append((depth, steps))
             if table.groups:
                 model = self._quick(depth, groups=True)
-                found.append((depth, Search(model, table, self._from(steps), self.progress)))
+                propose = self._propose(self._programme, steps)
+                found.append((depth, Search(model, table, propose, self.progress)))
         return found
 
     def _quick(self, depth: int, groups: bool) -> ErrorModel:
         return ErrorModel(self.stats, self.options.predictor, depth, quick=True, groups=groups)
 
-    def _proposals(self, budget_ms: float) -> list[BoolArray]:
-        """What the dynamic programme and the published allocator make of a budget."""
-        found = []
-        problem = self._problem.with_budget(budget_ms)
-        for solve in (self._programme.solve, lambda _: SOLVERS["greedy"](problem)):
-            try:
-                found.append(self._computed(solve(budget_ms)))
-            except InfeasibleBudgetError:
-                continue
-        return found
+    def _propose(
+        self, programme: DynamicProgramme, steps: Search | None = None
+    ) -> Callable[[float], list[BoolArray]]:
+        """What the dynamic programme, the published allocator and another search find."""
 
-    def _from(self, steps: Search | None) -> Callable[[float], list[BoolArray]]:
         def propose(budget_ms: float) -> list[BoolArray]:
             best = None if steps is None else steps.best(budget_ms)
-            return ([] if best is None else [best.computed]) + self._proposals(budget_ms)
+            found = [] if best is None else [best.computed]
+            problem = programme.problem.with_budget(budget_ms)
+            for solve in (programme.solve, lambda _: SOLVERS["greedy"](problem)):
+                try:
+                    found.append(self._computed(solve(budget_ms)))
+                except InfeasibleBudgetError:
+                    continue
+            return found
 
         return propose
 

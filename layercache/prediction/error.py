@@ -329,7 +329,7 @@ class ErrorModel:
         apart *= self.rate**2
         apart += earlier.unsure
         drift += length**2 * ((1 + taps.sum()) ** 2 * unsure + taps**2 @ apart)
-        return _State(error, drift, passed, tuple(taps.tolist()))
+        return _State(error, drift, passed, tuple(taps.tolist()) if taps.any() else ())
 
     def _prior(self, stretch: Stretch, before: int) -> float:
         """The published predictor's tap: the mean of its predictions over the stretch."""
