@@ -56,7 +56,7 @@ class Record:
         timed: bool = True,
     ) -> RunReport:
         """Next to what the plan said. Times wait for the device; `timed=False` leaves them out."""
-        sizes = {group.name: group.bytes_per_refresh for group in groups}
+        sizes = {group.name: group.bytes_per_value for group in groups}
         peaks = {group.name: group.peak_bytes for group in groups}
         outputs = {} if step_runner is None else step_runner.bytes_per_output
         planned = plan.cache_bytes(
@@ -70,7 +70,11 @@ class Record:
             branches = sorted(seen, key=lambda b: (b[0] or "", b[1]))
             schedule = plan.schedules[unit.name]
             steps = [s for s in range(plan.num_steps) if s not in self.steps_elsewhere]
-            many = max(schedule.stored_at(s) for s in range(plan.num_steps))
+            whole = unit.kind == "step"
+            many = max(
+                schedule.stored_at(s) + (whole and schedule.pauses_at(s))
+                for s in range(plan.num_steps)
+            )
             if unit.kind == "group":
                 size, peak = sizes[unit.name], peaks[unit.name]
                 bytes_planned = {label(b): many * size.get(b, 0) for b in branches}
@@ -84,7 +88,7 @@ class Record:
             units.append(
                 UnitReport(
                     name=unit.name,
-                    planned_computed=sum(schedule.refresh[s] for s in steps),
+                    planned_computed=sum(schedule.computed[s] for s in steps),
                     planned_predicted=sum(schedule.cached[s] for s in steps),
                     seen_computed={label(b): seen[b][True] for b in branches},
                     seen_predicted={label(b): seen[b][False] for b in branches},
