@@ -44,7 +44,7 @@ from layercache.prediction.error import mean_log10, moves_as_euler
 from layercache.prediction.ridge import DECIMALS, fit_row
 from layercache.runtime import StepExecutor, apply_plan
 from layercache.runtime.arithmetic import affine
-from layercache.stats import CalibrationStats
+from layercache.stats import CalibrationStats, FloatArray
 from layercache.verify import verify
 
 Array = NDArray[np.float64]
@@ -284,7 +284,7 @@ def _restated(stats: CalibrationStats, plan: Plan, units: tuple[UnitPlan, ...]) 
     """A plan of other rows of the same cells, with its figures computed anew and verified."""
     here = _at_sigmas(stats, plan)
 
-    def made(psnr: Array | None, certificate: Certificate) -> Plan:
+    def made(psnr: FloatArray | None, certificate: Certificate) -> Plan:
         return Plan.of(
             here,
             plan.budget,
