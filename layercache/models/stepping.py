@@ -66,6 +66,12 @@ def step_index(scheduler: Any) -> int:
     return int(index)
 
 
+def starts_anywhere(scheduler: Any) -> bool:
+    """Whether the scheduler has not been told where its run starts: its first `step` finds out."""
+    known = [getattr(scheduler, name, None) for name in ("_step_index", "_begin_index")]
+    return hasattr(scheduler, "_step_index") and known == [None, None]
+
+
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:
     """The T+1 noise levels of the schedule that is set, falling, as Python floats.
 

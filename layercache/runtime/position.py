@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from layercache.models.stepping import sigmas_of, step_index
+from layercache.models.stepping import sigmas_of, starts_anywhere, step_index
 from layercache.runtime.groups import Branch
 
 SIGMA_TOLERANCE = 1e-4
@@ -86,6 +86,9 @@ class Position:
         return self._scheduler.sigmas is self._sigmas
 
     def _index(self, begins: bool, told: int | None) -> int:
+        if self.offset < 0 and starts_anywhere(self._scheduler):
+            # A plan of the schedule's end starts there, until the scheduler has found out.
+            return -self.offset
         if hasattr(self._scheduler, "_step_index"):
             return step_index(self._scheduler)
         if told is not None:
@@ -96,15 +99,18 @@ class Position:
 def compare_sigmas(mine: tuple[float, ...], given: tuple[float, ...]) -> tuple[int, str | None]:
     """How a run's noise levels (T+1) fit a plan's.
 
+    Either may be the last part of the other: an image-to-image pipeline hands over the end of its
+    schedule, or starts in the midst of it, and its plan holds the steps that it makes.
+
     Returns:
-        The plan's step at which the run starts, since an image-to-image pipeline may hand over only
-        the last part of the schedule; and what differs, in words, or None.
+        What to add to the scheduler's index for the plan's step; and what differs, in words, or
+        None.
     """
-    offset = max(len(mine) - len(given), 0)
-    tail = mine[offset:]
-    worst = max((abs(a - b) for a, b in zip(tail, given, strict=False)), default=float("inf"))
-    if len(tail) == len(given) > 1 and worst <= SIGMA_TOLERANCE:
+    offset = len(mine) - len(given)
+    pairs = zip(mine[max(offset, 0) :], given[max(-offset, 0) :], strict=True)
+    worst = max((abs(a - b) for a, b in pairs), default=float("inf"))
+    if min(len(mine), len(given)) > 1 and worst <= SIGMA_TOLERANCE:
         return offset, None
-    if len(given) != len(mine):
+    if offset:
         return offset, f"it has {len(given) - 1} steps and the plan {len(mine) - 1}"
     return offset, f"its sigmas differ from the plan's by up to {worst:.4g}"

@@ -26,15 +26,22 @@ class Record:
         self.steps_elsewhere: set[int] = set()
         self.peak_bytes = 0
         self.velocity_bytes = 0
-        self._seen: dict[str, dict[Branch, Counter[bool]]] = {}
+        # By unit and branch: whether each step was computed.
+        self._seen: dict[str, dict[Branch, dict[int, bool]]] = {}
         self._watches: dict[tuple[str, Branch, bool], Stopwatch] = {}
         self._started = self._ended = time.perf_counter()
 
     def count(
-        self, unit: str, branch: Branch, computed: bool, start: Mark = None, end: Mark = None
+        self,
+        unit: str,
+        branch: Branch,
+        step: int,
+        computed: bool,
+        start: Mark = None,
+        end: Mark = None,
     ) -> None:
-        """One call of a unit, computed or predicted, and between which marks."""
-        self._seen.setdefault(unit, {}).setdefault(branch, Counter())[computed] += 1
+        """One call of a unit at a step, computed or predicted, and between which marks."""
+        self._seen.setdefault(unit, {}).setdefault(branch, {})[step] = computed
         if start is not None and end is not None:
             key = (unit, branch, computed)
             self._watches.setdefault(key, Stopwatch()).add(start, end)
@@ -90,8 +97,16 @@ class Record:
                     name=unit.name,
                     planned_computed=sum(schedule.computed[s] for s in steps),
                     planned_predicted=sum(schedule.cached[s] for s in steps),
-                    seen_computed={label(b): seen[b][True] for b in branches},
-                    seen_predicted={label(b): seen[b][False] for b in branches},
+                    seen_computed={label(b): sum(seen[b].values()) for b in branches},
+                    seen_predicted={
+                        label(b): len(seen[b]) - sum(seen[b].values()) for b in branches
+                    },
+                    otherwise={
+                        label(b): sum(
+                            done == schedule.cached[step] for step, done in seen[b].items()
+                        )
+                        for b in branches
+                    },
                     bytes_planned=bytes_planned,
                     bytes_seen=bytes_seen,
                     seconds_computed={

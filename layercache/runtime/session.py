@@ -21,7 +21,14 @@ from layercache.models.calling import call_setting, latent_shape
 from layercache.models.fingerprint import setting_of
 from layercache.models.gates import Call
 from layercache.models.patching import own_methods
-from layercache.models.stepping import Stepped, moved_sample, sigmas_of, solver_of, tap_step
+from layercache.models.stepping import (
+    Stepped,
+    moved_sample,
+    sigmas_of,
+    solver_of,
+    starts_anywhere,
+    tap_step,
+)
 from layercache.runtime.arithmetic import device_of, signature
 from layercache.runtime.groups import Branch, GroupRunner
 from layercache.runtime.position import Position, compare_sigmas
@@ -113,7 +120,8 @@ class Session:
         shapes = signature(args, kwargs)
         if self._signatures.setdefault(branch, shapes) != shapes:
             self._signatures[branch] = shapes
-            self._note("inputs changed shape, dtype or device within a run")
+            if any(schedule.cached[step] for schedule in self.plan.schedules.values()):
+                self._note("inputs changed shape, dtype or device within a run")
             self.flush(branch)
         if self._loop is None:
             self._loop = self.run.loops.innermost(self._left)
@@ -125,7 +133,7 @@ class Session:
             answer = runner.answer(step, branch)
             if answer is not None:
                 self._answered.add(branch)
-                record.count(STEP, branch, False, start, clock.mark())
+                record.count(STEP, branch, step, False, start, clock.mark())
                 return answer
         self._computed.add(branch)
         for group in self.groups:
@@ -134,9 +142,9 @@ class Session:
         for group in self.groups:
             computed = group.end()
             if computed is not None:
-                record.count(group.name, branch, computed, *group.marks)
+                record.count(group.name, branch, step, computed, *group.marks)
         if runner is not None:
-            record.count(STEP, branch, True, start, clock.mark())
+            record.count(STEP, branch, step, True, start, clock.mark())
             runner.computed(step, branch, output)
         return output
 
@@ -160,6 +168,10 @@ class Session:
         if begins:
             self._begin_run(caller, index)
         step = index + position.offset
+        if step < 0 and starts_anywhere(self.scheduler):
+            step = 0  # found out at the scheduler's first step
+        elif step < 0 and self._controlled:
+            self._mismatched(f"it starts {-step} steps before the plan")
         # A run belongs to who began it.
         if caller is not self._caller or not self._controlled or step >= self.plan.num_steps:
             return None
@@ -193,8 +205,13 @@ class Session:
 
     def _matches(self, sigmas: tuple[float, ...]) -> bool:
         self._position.offset, what = compare_sigmas(self.plan.sigmas, sigmas)
-        if what is None:
-            return True
+        if what is not None:
+            self._mismatched(what)
+        return what is None
+
+    def _mismatched(self, what: str) -> None:
+        """The run under way is not the plan's: raise, or compute it in full."""
+        self._controlled = False
         if self.run.on_mismatch == "error":
             raise ModelMismatchError(
                 f"this run follows another noise schedule than the plan: {what}. Run with the "
@@ -203,7 +220,6 @@ class Session:
             )
         self._note(f"another noise schedule: {what}")
         self.run.warn(f"this run is computed in full: {what}")
-        return False
 
     def _compare_setting(self, caller: Any) -> None:
         """Note what this run's pipeline, scheduler and arguments have otherwise than the plan."""
