@@ -8,7 +8,7 @@ import pytest
 from layercache.errors import LayerCacheError
 from layercache.solver.pricing import GAIN_RANGE, cell_gains, price_units
 from layercache.stats import CalibrationStats
-from tests.solver.strategies import random_stats
+from tests.prediction.strategies import random_stats
 
 
 def price(stats: CalibrationStats, unit: int | None, t: int, i: int, j: int, gain: float) -> float:
