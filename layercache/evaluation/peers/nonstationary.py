@@ -37,7 +37,7 @@ from layercache.calibration.prompts import Batch
 from layercache.evaluation.peers.skipping import skip_steps
 from layercache.evaluation.trajectories import Trajectories
 from layercache.models.stepping import StepFunction
-from layercache.solver.rows import fit_row
+from layercache.prediction.ridge import fit_row
 
 Array = NDArray[np.float64]
 
