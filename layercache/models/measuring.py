@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from layercache.errors import UnsupportedModelError
 from layercache.models.adapters import BlockList, check_shapes, read_outputs, read_streams
 from layercache.models.gates import Call
+from layercache.models.tensors import finite
 
 Streams = dict[str, Tensor]
 
@@ -92,8 +93,10 @@ class ResidualMeter:
         if self._segment is None:
             return
         for name, tensor in self.outputs.items():
-            delta = tensor - self._segment[name].to(tensor.device)
-            self._sum[name] = self._sum[name] + delta if name in self._sum else delta
+            delta = finite(tensor - self._segment[name].to(tensor.device))
+            self._sum[name] = (
+                finite(self._sum[name].to(delta.device) + delta) if name in self._sum else delta
+            )
         for name in set(self._sum) - set(self.outputs):
             # The last block no longer returns this stream, so nobody reads it from here on.
             del self._sum[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 from layercache.plan import Plan
 from layercache.runtime.groups import Branch, GroupRunner
@@ -21,18 +22,26 @@ class Record:
         self.runs = runs
         self.problems: Counter[str] = Counter()
         self.steps_seen: set[int] = set()
+        self.calls: dict[int, int] = {}
         self.steps_elsewhere: set[int] = set()
         self.peak_bytes = 0
         self.velocity_bytes = 0
-        self._seen: dict[str, dict[Branch, Counter[bool]]] = {}
+        # By unit and branch: whether each step was computed.
+        self._seen: dict[str, dict[Branch, dict[int, bool]]] = {}
         self._watches: dict[tuple[str, Branch, bool], Stopwatch] = {}
         self._started = self._ended = time.perf_counter()
 
     def count(
-        self, unit: str, branch: Branch, computed: bool, start: Mark = None, end: Mark = None
+        self,
+        unit: str,
+        branch: Branch,
+        step: int,
+        computed: bool,
+        start: Mark = None,
+        end: Mark = None,
     ) -> None:
-        """One call of a unit, computed or predicted, and between which marks."""
-        self._seen.setdefault(unit, {}).setdefault(branch, Counter())[computed] += 1
+        """One call of a unit at a step, computed or predicted, and between which marks."""
+        self._seen.setdefault(unit, {}).setdefault(branch, {})[step] = computed
         if start is not None and end is not None:
             key = (unit, branch, computed)
             self._watches.setdefault(key, Stopwatch()).add(start, end)
@@ -50,10 +59,11 @@ class Record:
         plan: Plan,
         groups: list[GroupRunner],
         step_runner: StepRunner | None,
+        others: Mapping[str, int],
         timed: bool = True,
     ) -> RunReport:
         """Next to what the plan said. Times wait for the device; `timed=False` leaves them out."""
-        sizes = {group.name: group.bytes_per_refresh for group in groups}
+        sizes = {group.name: group.bytes_per_value for group in groups}
         peaks = {group.name: group.peak_bytes for group in groups}
         outputs = {} if step_runner is None else step_runner.bytes_per_output
         planned = plan.cache_bytes(
@@ -67,7 +77,11 @@ class Record:
             branches = sorted(seen, key=lambda b: (b[0] or "", b[1]))
             schedule = plan.schedules[unit.name]
             steps = [s for s in range(plan.num_steps) if s not in self.steps_elsewhere]
-            many = max(schedule.stored_at(s) for s in range(plan.num_steps))
+            whole = unit.kind == "step"
+            many = max(
+                schedule.stored_at(s) + (whole and schedule.pauses_at(s))
+                for s in range(plan.num_steps)
+            )
             if unit.kind == "group":
                 size, peak = sizes[unit.name], peaks[unit.name]
                 bytes_planned = {label(b): many * size.get(b, 0) for b in branches}
@@ -81,10 +95,18 @@ class Record:
             units.append(
                 UnitReport(
                     name=unit.name,
-                    planned_computed=sum(schedule.refresh[s] for s in steps),
+                    planned_computed=sum(schedule.computed[s] for s in steps),
                     planned_predicted=sum(schedule.cached[s] for s in steps),
-                    seen_computed={label(b): seen[b][True] for b in branches},
-                    seen_predicted={label(b): seen[b][False] for b in branches},
+                    seen_computed={label(b): sum(seen[b].values()) for b in branches},
+                    seen_predicted={
+                        label(b): len(seen[b]) - sum(seen[b].values()) for b in branches
+                    },
+                    otherwise={
+                        label(b): sum(
+                            done == schedule.cached[step] for step, done in seen[b].items()
+                        )
+                        for b in branches
+                    },
                     bytes_planned=bytes_planned,
                     bytes_seen=bytes_seen,
                     seconds_computed={
@@ -106,6 +128,9 @@ class Record:
             seconds=self._ended - self._started,
             runs=self.runs,
             problems=dict(self.problems),
+            calls_planned=plan.branches,
+            calls_seen=max(self.calls.values(), default=0),
+            other_calls=dict(others),
         )
 
     def _time(self, unit: str, branch: Branch, computed: bool, timed: bool) -> float:
