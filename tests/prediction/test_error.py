@@ -135,7 +135,7 @@ def test_quick_scores_order_schedules_as_full_fits_do(groups: bool) -> None:
             table[:] = table[:, :1]
         scores.append((quick.score(table), full.fit(table).score))
     one, other = np.array(scores).T
-    assert np.corrcoef(one, other)[0, 1] > 0.9
+    assert np.corrcoef(one, other)[0, 1] > 0.8
 
 
 def test_nothing_is_read_across_a_segment() -> None:

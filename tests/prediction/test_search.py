@@ -92,7 +92,7 @@ def test_schedules_out_of_reach_are_not_allowed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_search_comes_within_a_decibel_of_the_best_of_all_step_schedules(seed: int) -> None:
+def test_the_search_finds_the_best_of_all_schedules_of_few_steps(seed: int) -> None:
     stats = random_stats(seed, steps=9, prompts=3)
     search = search_of(stats)
     for count in (4, 6, 8):
@@ -103,7 +103,7 @@ def test_the_search_comes_within_a_decibel_of_the_best_of_all_step_schedules(see
             mask = np.isin(np.arange(9), (0, *chosen))
             computed = np.repeat(mask[:, None], 1 + stats.num_groups, axis=1)
             best = min(best, search.model.score(computed))
-        assert best <= found.score <= best + 0.1
+        assert found.score == best
 
 
 @pytest.mark.parametrize(("skips", "groups"), [(True, False), (False, True), (True, True)])
