@@ -271,13 +271,13 @@ def _final_error(stats: CalibrationStats, rows: Sequence[_Row], prompt: int) -> 
         else:
             path = latent[stop] - latent[start]
         before = error
-        error = grown * error + length * mean - (path if moved else length * velocity[start])
+        error = error + length * mean - (path if moved else length * velocity[start])
         variance = (length * (1 + sum(reads.values()))) ** 2 * unsure[start]
         for source, tap in reads.items():
             other, off = arrived[source]
             apart = float((before - other) @ (before - other)) + drift + off
             variance += (length * tap) ** 2 * (rate**2 * apart + unsure[source])
-        drift = grown**2 * drift + variance
+        drift = grown**2 * drift + (grown**2 - 1) * float(before @ before) + variance
     return float((error @ error + drift) * growth[-1] ** 2 / stats.numel)
 
 

@@ -89,6 +89,7 @@ class Search:
     ) -> None:
         self.model, self.table, self.propose, self.on_level = model, table, propose, on_level
         self._scores: dict[bytes, float] = {}
+        self._few = table.step_schedules()
         self.effort = effort_for(table)
         self._full = float(table.step_cost.sum())
         self._fine = -(-table.steps // self.effort.stride) * self.effort.parts
@@ -148,6 +149,8 @@ class Search:
         fresh = distinct([*table.uniform(budget), *self.propose(budget)])
         starts += [(start, self.effort.fresh) for start in fresh]
         results = [(grown.computed, grown.score)] if grown is not None else []
+        few = [schedule for schedule in self._few if table.fits(schedule, budget)]
+        results += [(schedule, self.score(schedule)) for schedule in few]
         for number, (start, trials) in enumerate(starts):
             if np.isfinite(self.score(start)):
                 results.append(
