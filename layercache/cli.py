@@ -187,9 +187,7 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     show_default=True,
     help="What may be cached: step, groups, or both with a comma.",
 )
-@click.option(
-    "--predictor", type=click.Choice(PREDICTORS), default="fitted", show_default=True
-)
+@click.option("--predictor", type=click.Choice(PREDICTORS), default="fitted", show_default=True)
 @click.option("--max-cache-bytes", type=click.IntRange(min=0), help="Limit for one image.")
 @click.option("--max-gap", type=click.IntRange(min=0), help="Most steps from a cached cell back.")
 @click.option("--forced", default="", help="Steps that are computed, with commas.")
