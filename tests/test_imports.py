@@ -34,18 +34,16 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "stats", "plan", "solver", "options", "compile", "models", "calibration",
         "runtime", "reference", "refine",
     },
-    "cli_options": {"errors", "plan", "reference", "_json"},
-    "cli_running": {"stats", "plan", "evaluation", "refine", "cli_options"},
     "cli": {
-        "errors", "stats", "plan", "compile", "models", "calibration", "evaluation", "cli_options",
-        "cli_running",
+        "errors", "_json", "stats", "plan", "compile", "models", "calibration", "evaluation",
+        "reference", "refine",
     },
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
     "errors", "_json", "stats", "plan_rows", "plan", "solver", "options", "figures", "taps",
-    "compile", "cli", "cli_running", "cli_options", "__init__",
+    "compile", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

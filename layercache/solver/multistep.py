@@ -22,7 +22,7 @@ falls is the mean of decibels, and the ridge the one that is best on prompts lef
 paid back at the next computed step, before they grow, and no row relies on a later one. That is why
 the rows hold on the accelerated run, whose velocities are not quite those of the fit; a joint least
 squares over all rows leans on cancellations that the accelerated run does not make
-(docs/findings.md has the comparison).
+(bench/FINDINGS.md has the comparison).
 
 All errors are combinations of velocities with the same coefficients for every prompt, so the fit
 needs nothing but each prompt's T x T Gram matrix.

@@ -5,7 +5,7 @@ the model's growth. Rows that read four earlier velocities want other steps than
 here is that of `solver.multistep`, with one ridge for all rows.
 
 A search exploits what its score does not see, which here was how the accelerated run's own
-velocities differ: docs/findings.md has what the score without that term led to.
+velocities differ: bench/FINDINGS.md has what the score without that term led to.
 """
 
 from __future__ import annotations
