@@ -26,8 +26,8 @@ import torch
 
 from layercache.calibration import calibrate, estimate_calibration
 from layercache.calibration.memory import PeakMemory
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import batches
+from layercache.models.pipelines import run_pipeline
 from layercache.reference import call_arguments, load_pipeline, prompts
 
 MODES = ("replay", "residual")
@@ -52,7 +52,7 @@ def times(pipe: Any, setting: dict[str, Any], steps: int, batch: int) -> dict[st
 
     def generate() -> None:
         with torch.no_grad():
-            run_pipeline(pipe, plain)
+            run_pipeline(pipe, plain.arguments)
 
     generate()
     generations, found = [spent(generate)], {}

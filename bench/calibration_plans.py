@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from layercache import Budget, CalibrationStats, compile_plan
 from layercache.calibration import calibrate
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch, batches, prompt_id
 from layercache.evaluation.metrics import fidelity
+from layercache.models.pipelines import run_pipeline
 from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.runtime import apply_plan
 from layercache.stats import write_atomically
@@ -70,7 +70,7 @@ class Bench:
     def references(self, work: Sequence[Batch]) -> list[torch.Tensor]:
         """Uncached images."""
         with torch.no_grad():
-            return [run_pipeline(self.pipe, batch) for batch in work]
+            return [run_pipeline(self.pipe, batch.arguments) for batch in work]
 
     def psnr(
         self,
@@ -85,7 +85,7 @@ class Bench:
         values: list[float] = []
         with torch.no_grad(), apply_plan(self.pipe, plan):
             for batch, reference in zip(work, references, strict=True):
-                values += fidelity(run_pipeline(self.pipe, batch), reference).psnr_db
+                values += fidelity(run_pipeline(self.pipe, batch.arguments), reference).psnr_db
         return sum(values) / len(values)
 
 

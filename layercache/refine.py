@@ -33,10 +33,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch, Prompt, batches
 from layercache.errors import LayerCacheError, ModelMismatchError, StatsError
 from layercache.figures import held_bytes, restate
+from layercache.models.pipelines import run_pipeline
 from layercache.models.stepping import tapped_step
 from layercache.plan import REFRESH, Plan, UnitPlan
 from layercache.runtime import apply_plan
@@ -110,7 +110,7 @@ def refine_plan(
         for depth in range(DEPTH, 0, -1):
             loop = _ClosedLoop(plan, unit, depth, truth)
             with tapped_step(pipe.scheduler, loop.on_step), apply_plan(pipe, _plain(plan)):
-                run_pipeline(pipe, batch)
+                run_pipeline(pipe, batch.arguments)
             units = _with_step(plan, loop.row())
             # Deeper bases live longer; where bytes are limited, shallower ones have to do.
             if _fits(stats, plan, units):
@@ -232,14 +232,14 @@ def _uncached(pipe: Any, batch: Batch, plan: Plan) -> tuple[dict[int, Array], Te
         return velocity
 
     with tapped_step(pipe.scheduler, on_step):
-        images = run_pipeline(pipe, batch)
+        images = run_pipeline(pipe, batch.arguments)
     return states, images
 
 
 def _psnr(pipe: Any, batch: Batch, plan: Plan, reference: Tensor) -> float:
     """Mean PSNR in dB of the plan's images to the uncached ones, both clamped to [0, 1]."""
     with apply_plan(pipe, plan):
-        images = run_pipeline(pipe, batch)
+        images = run_pipeline(pipe, batch.arguments)
     squared = (images.clamp(0, 1) - reference.clamp(0, 1)).flatten(1).double().pow(2).mean(dim=1)
     return float((-10 * torch.log10(squared.clamp_min(1e-20))).mean())
 

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch
 from layercache.errors import LayerCacheError
+from layercache.models.pipelines import run_pipeline
 
 TAYLOR_MODULES: Mapping[str, Mapping[str, Any]] = {
     "lite": {"use_lite_mode": True},
@@ -107,7 +107,7 @@ def mag_ratios(pipe: Any, batch: Batch, steps: int) -> tuple[float, ...]:
         torch.no_grad(),
         contextlib.redirect_stdout(printed),
     ):
-        run_pipeline(pipe, batch)
+        run_pipeline(pipe, batch.arguments)
     curves = [
         json.loads(line)
         for line in printed.getvalue().splitlines()

@@ -32,10 +32,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch
 from layercache.evaluation.peers.skipping import skip_steps
 from layercache.evaluation.trajectories import Trajectories
+from layercache.models.pipelines import run_pipeline
 from layercache.models.stepping import StepFunction
 from layercache.solver.rows import fit_row
 
@@ -106,7 +106,7 @@ def fit_nonstationary(
     fresh = [step in nodes for step in range(trajectories.num_steps)]
     levels = tuple(float(sigma) for sigma in sigmas)
     with torch.no_grad(), skip_steps(pipe, fresh, lambda: _walk(nodes, levels, row)):
-        run_pipeline(pipe, batch)
+        run_pipeline(pipe, batch.arguments)
     return NonStationary(nodes, tuple(rows), levels)
 
 

@@ -2,6 +2,7 @@
 
 from layercache.calibration.calibrate import calibrate, estimate_calibration
 from layercache.calibration.estimate import CalibrationEstimate
+from layercache.calibration.options import Options
 from layercache.calibration.sketch import CountSketch
 
-__all__ = ["CalibrationEstimate", "CountSketch", "calibrate", "estimate_calibration"]
+__all__ = ["CalibrationEstimate", "CountSketch", "Options", "calibrate", "estimate_calibration"]

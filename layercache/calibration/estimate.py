@@ -1,32 +1,20 @@
-"""What a calibration run will take, from a few timed forwards: seconds, and bytes above the model.
-
-Two short generations tell. In the first, three steps are computed and timed, and the rest answered
-with known outputs; in the second, one step is computed while memory is watched, and the pipeline's
-own peak (text encoding, decoding) is seen on the way.
-"""
+"""What a calibration run will take, from two short generations: time and memory."""
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from layercache.calibration.jobs import Jobs
-from layercache.calibration.memory import PeakMemory
-from layercache.calibration.profile import run_pipeline
-from layercache.calibration.prompts import Batch
 from layercache.calibration.propagation import probe_steps
-from layercache.calibration.replay import ReplayableTransformer
+from layercache.calibration.trial import Trial
 from layercache.errors import StatsError
-from layercache.models.stepping import sigmas_of, tapped_step
 
-TIMED_STEPS = 3
 DEFAULT_BYTES = 4 * 2**30
 """Bound where the device does not say what is free."""
 MOST_ROWS = 32
@@ -51,6 +39,8 @@ class CalibrationEstimate:
         peak_bytes: Bound on bytes above the model's on its device; the run keeps below it.
         host_bytes: Bytes on the CPU besides, at most, for one batch; measured statistics add up to
             `file_bytes`, and joining and saving them takes a few times that.
+        disk_bytes: Bytes of replayed outputs that go to temporary files, for one batch.
+        kept_bytes: Bytes of them that stay in memory.
         file_bytes: Statistics of all prompts.
         offload: Whether residuals are kept on the CPU.
         lags_together: Most lags that are replayed as one batch.
@@ -65,6 +55,8 @@ class CalibrationEstimate:
     seconds: float
     peak_bytes: int
     host_bytes: int
+    disk_bytes: int
+    kept_bytes: int
     file_bytes: int
     offload: bool
     lags_together: int
@@ -76,6 +68,8 @@ class CalibrationEstimate:
             self,
             peak_bytes=max(self.peak_bytes, other.peak_bytes),
             host_bytes=max(self.host_bytes, other.host_bytes),
+            disk_bytes=max(self.disk_bytes, other.disk_bytes),
+            kept_bytes=min(self.kept_bytes, other.kept_bytes),
             offload=self.offload or other.offload,
             lags_together=min(self.lags_together, other.lags_together),
         )
@@ -83,6 +77,8 @@ class CalibrationEstimate:
     def __str__(self) -> str:
         place = "on the CPU" if self.offload else "on the model's device"
         host = f" and {_size(self.host_bytes)} on the CPU" if self.host_bytes else ""
+        if self.disk_bytes:
+            host += f", {_size(self.disk_bytes)} in temporary files"
         return (
             f"calibration of {self.prompts} prompts, {self.mode} mode: about "
             f"{_duration(self.seconds)} ({self.generations:.1f} full generations a prompt, "
@@ -101,116 +97,27 @@ def default_bound(device: torch.device) -> int:
     return int(_FREE_SHARE * (free + cached))
 
 
-class _Probe:
-    """A generation whose first steps are computed; the others get the last computed velocity."""
-
-    def __init__(
-        self, replayable: ReplayableTransformer, computed: int, memory: PeakMemory | None
-    ) -> None:
-        self.replayable, self.computed, self.memory = replayable, computed, memory
-        self.step = self.number = 0
-        self.velocity: Tensor | None = None
-        self.plain_peak = self.live = self.forward_bytes = self.pair_bytes = 0
-        self.held_bytes = 0
-        self.pair_seconds = 0.0
-        self.pairs = False
-        self.began: Any = None
-        self.returned: Any = None
-
-    def on_call(self, *args: Any, **kwargs: Any) -> Any:
-        branch, self.number = self.number, self.number + 1
-        times = self.replayable.times
-        if self.step >= self.computed:
-            return self.replayable.branches[branch].output
-        if branch == 0:
-            self.began = times.clock.mark()
-            if self.returned is not None:
-                times.outside(self.returned, self.began)
-        if self.memory is None:
-            return self.replayable.record(branch, args, kwargs)
-        self._lap()
-        before = self.memory.live
-        self.live = max(self.live, before)
-        output = self.replayable.record(branch, args, kwargs)
-        self.forward_bytes = max(self.forward_bytes, self._lap() - before)
-        return output
-
-    def on_step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        self.number = 0
-        if self.step >= self.computed:
-            assert self.velocity is not None
-            return self.velocity.to(velocity)
-        times = self.replayable.times
-        times.outside(self.began, times.clock.mark())
-        if self.step == self.computed - 1:
-            if self.replayable.lags > 1:
-                self._pair()
-            self.held_bytes = self.replayable.held_bytes()
-        self.velocity = velocity
-        self.replayable.end_step()
-        times.end_step()
-        self.step += 1
-        self.returned = times.clock.mark()
-        return velocity
-
-    def _pair(self) -> None:
-        """Run a batch twice as large as the recorded one."""
-        clock, before = self.replayable.times.clock, 0
-        if self.memory is not None:
-            self._lap()
-            before = self.memory.live
-        start = clock.mark()
-        self.pairs = self.replayable.batches_repeat(0)
-        self.pair_seconds = clock.seconds(start, clock.mark())
-        if self.memory is not None:
-            # Calibration's own, so that it is no part of the plain peak.
-            self.pair_bytes = self.memory.lap() - before
-
-    def _lap(self) -> int:
-        assert self.memory is not None
-        found = self.memory.lap()
-        self.plain_peak = max(self.plain_peak, found)
-        return found
-
-
-def _run(
-    pipe: Any, batch: Batch, replayable: ReplayableTransformer, computed: int, watch: bool
-) -> tuple[_Probe, float]:
-    """One short generation and the seconds it took."""
-    replayable.times.clear()
-    replayable.branches.clear()
-    memory = PeakMemory(replayable.device) if watch else None
-    probe = _Probe(replayable, computed, memory)
-    replayable.on_call(probe.on_call)
-    began = time.perf_counter()
-    with memory or nullcontext(), tapped_step(pipe.scheduler, probe.on_step):
-        run_pipeline(pipe, batch)
-        if watch:
-            probe._lap()
-    return probe, time.perf_counter() - began
-
-
 def estimate_run(
-    pipe: Any,
-    batch: Batch,
-    replayable: ReplayableTransformer,
+    trial: Trial,
     jobs: Jobs,
+    device: torch.device,
     *,
     batches: int,
     prompts: int,
+    batch_size: int,
     sketch_size: int,
     probes: int,
     max_memory: int | None,
 ) -> CalibrationEstimate:
-    """Probe a pipeline and plan its calibration within a bound on memory.
+    """Plan a calibration within a bound on memory, from what short generations took.
 
     Args:
-        pipe: The pipeline.
-        batch: The largest batch of the run.
-        replayable: The transformer of the pipeline, attached, holding nothing on the CPU.
+        trial: The short generations.
         jobs: What is replayed at which step.
+        device: Where the model computes.
         batches: Pipeline calls that the run makes for its main part.
         prompts: Prompts in all of them.
+        batch_size: Prompts in the largest.
         sketch_size: S.
         probes: Perturbed runs a batch.
         max_memory: Bytes above the model; None for most of what is free.
@@ -218,49 +125,50 @@ def estimate_run(
     Raises:
         StatsError: Even one lag at a time, with residuals on the CPU, needs more than the bound.
     """
-    timed, seconds = _run(pipe, batch, replayable, min(TIMED_STEPS, jobs.steps), watch=False)
-    rows = replayable.times.seconds()
-    watched, _ = _run(pipe, batch, replayable, 1, watch=True)
-    sigmas = sigmas_of(pipe.scheduler)
-
-    warm = np.median(rows[min(1, len(rows) - 1) :], axis=0)
-    forward, outside = float(warm[:-1].sum()), float(warm[-1])
-    fixed = max(0.0, seconds - float(rows.sum()) - timed.pair_seconds)
-    branches = max(1, len(replayable.branches))
-    pair_ratio = timed.pair_seconds / max(2 * forward / branches, 1e-12)
-    memory = _plan_memory(replayable, watched, jobs, sketch_size, max_memory)
-    ratio = pair_ratio if memory.lags_together > 1 else 1.0
-    replays = ratio * _replayed_forwards(jobs, warm[:-1])
-    reruns = [jobs.steps - step - 1 for step in probe_steps(sigmas, probes)]
-    forwards = jobs.steps + replays + sum(reruns)
-    job_count = sum(len(jobs.at(step)) for step in range(jobs.steps))
-    loops = (2 + len(reruns)) * jobs.steps + job_count
-    each = forwards * forward + loops * outside + (2 + len(reruns)) * fixed
-    assert watched.velocity is not None
-    size = min(sketch_size, watched.velocity[0].numel())
-    sketch = jobs.steps * (1 + jobs.groups * jobs.lags) * size * 4
+    run = trial.run
+    warm = {
+        name: np.median(rows[min(1, len(rows) - 1) :], axis=0)
+        for name, rows in trial.seconds.items()
+    }
+    forward = {name: float(row[:-1].sum()) for name, row in warm.items()}
+    typical = float(np.mean(list(forward.values())))
+    by_step = np.array([forward.get(step.component, typical) for step in run.calls])
+    memory = _plan_memory(trial, jobs, device, sketch_size, max_memory)
+    ratio = trial.pair_ratio if memory.lags_together > 1 else 1.0
+    reruns = probe_steps(run.sigmas, probes)
+    computed = float(by_step.sum() + sum(by_step[step + 1 :].sum() for step in reruns))
+    for name, row in warm.items():
+        own = [index for index, step in enumerate(run.calls) if step.component == name]
+        computed += ratio * forward[name] * _replayed_forwards(jobs, own, row[:-1])
+    outside = float(np.mean([row[-1] for row in warm.values()]))
+    loops = (3 + len(reruns) + len(jobs.pairs)) * jobs.steps
+    each = computed + loops * outside + 2 * trial.fixed_seconds
+    size = min(sketch_size, run.velocities[0][0].numel())
+    sketch = jobs.steps * (2 + jobs.groups * jobs.lags) * size * 4
     return CalibrationEstimate(
         mode=jobs.mode,
         prompts=prompts,
-        batch_size=len(batch.ids),
-        generations=forwards / jobs.steps,
-        generation_seconds=jobs.steps * forward,
+        batch_size=batch_size,
+        generations=computed / max(float(by_step.sum()), 1e-12),
+        generation_seconds=float(by_step.sum()),
         seconds=batches * each,
         peak_bytes=memory.peak_bytes,
         host_bytes=memory.host_bytes,
+        disk_bytes=memory.disk_bytes,
+        kept_bytes=memory.kept_bytes,
         file_bytes=prompts * sketch,
         offload=memory.offload,
         lags_together=memory.lags_together,
-        sigmas=sigmas,
+        sigmas=run.sigmas,
     )
 
 
-def _replayed_forwards(jobs: Jobs, seconds: NDArray[np.float64]) -> float:
-    """Replays of a whole run, in forwards: group g's runs the rest and the groups after it."""
+def _replayed_forwards(jobs: Jobs, steps: Sequence[int], seconds: NDArray[np.float64]) -> float:
+    """Replays at some steps, in forwards: group g's runs the rest and the groups after it."""
     groups, rest, whole = seconds[:-1], float(seconds[-1]), float(seconds.sum())
     after = np.cumsum(groups[::-1])[::-1] - groups + rest
     counts = np.zeros(jobs.groups)
-    for step in range(1, jobs.steps):
+    for step in steps:
         for group, _ in jobs.at(step):
             counts[group] += 1
     return float(counts @ after) / max(whole, 1e-12)
@@ -270,67 +178,78 @@ def _replayed_forwards(jobs: Jobs, seconds: NDArray[np.float64]) -> float:
 class _Memory:
     peak_bytes: int
     host_bytes: int
+    disk_bytes: int
+    kept_bytes: int
     offload: bool
     lags_together: int
 
 
 def _plan_memory(
-    replayable: ReplayableTransformer,
-    probe: _Probe,
-    jobs: Jobs,
-    sketch_size: int,
-    max_memory: int | None,
+    trial: Trial, jobs: Jobs, device: torch.device, sketch_size: int, max_memory: int | None
 ) -> _Memory:
-    """Choose where residuals live and how many lags run together."""
-    device = replayable.device
+    """Choose where residuals and outputs are kept, and how many lags run together."""
     limit = default_bound(device) if max_memory is None else max_memory
-    step = sum(replayable.residual_bytes(g) for g in range(jobs.groups))
-    widest = max(replayable.residual_bytes(g) for g in range(jobs.groups))
-    assert probe.velocity is not None
-    prompts, numel = len(probe.velocity), probe.velocity[0].numel()
+    run, on_cpu = trial.run, device.type == "cpu"
+    sizes = [step.group_bytes for step in run.calls if step.group_bytes]
+    step, widest = max(map(sum, sizes)), max(map(max, sizes))
+    prompts, numel = len(run.velocities[0]), run.velocities[0][0].numel()
     velocity = prompts * numel * 4
     size = min(sketch_size, numel)
-    rows = prompts * (1 + jobs.groups * jobs.lags) * size * 4
+    rows = prompts * (2 + jobs.groups * jobs.lags) * size * 4
     # Hash tables, a velocity, its difference and its signed copy, and the sketches of a step.
     sketching = 5 * numel + 4 * velocity + rows
     if jobs.mode == "residual":
         # Tables of every stream, and a residual in float32 twice.
-        elements = sum(
-            max(sum(stream.numel() for stream in streams.values()) for streams in branch.residuals)
-            for branch in replayable.branches
-        )
-        sketching += 5 * elements // prompts + 12 * elements
-    answers = jobs.history * prompts * numel * 4 * len(replayable.branches)
+        sketching += (5 // prompts + 12) * step // 2
+    host = jobs.steps * (5 * velocity + rows * (3 if jobs.mode == "residual" else 1))
+    kept = (
+        trial.kept_bytes
+        // jobs.steps
+        * (jobs.steps + sum(len(jobs.at(step)) for step in range(jobs.steps)))
+    )
     # A replayed lag needs a forward's memory, its residual, and the streams put in its place.
-    alone = probe.pair_bytes / 2 if probe.pairs else probe.forward_bytes
+    alone = trial.pair_bytes / 2 if trial.pairs else trial.forward_bytes
     lag_bytes = _MARGIN * (alone + 3 * widest)
-    host = jobs.steps * (velocity + rows * (3 if jobs.mode == "residual" else 1))
 
     def need(offload: bool, lags: int) -> int:
-        held = 0 if offload else probe.held_bytes + jobs.history * step
-        # The probe kept outputs and residuals on the device.
-        moved = probe.held_bytes - 2 * widest if offload else 0
-        forward = _MARGIN * (probe.forward_bytes - moved)
-        replay = lags * lag_bytes + answers
-        extra = sketching + (host if device.type == "cpu" else 0)
-        return int(max(probe.plain_peak, probe.live + held + max(forward, replay)) + extra)
+        held = 0 if offload else trial.held_bytes + jobs.history * step
+        # The trial kept outputs and residuals on the device.
+        moved = trial.held_bytes - 2 * widest if offload else 0
+        forward = _MARGIN * (trial.forward_bytes - moved)
+        extra = sketching + (host if on_cpu else 0)
+        return int(
+            max(trial.plain_peak, trial.live + held + max(forward, lags * lag_bytes)) + extra
+        )
 
-    most = min(jobs.history, max(1, MOST_ROWS // prompts)) if probe.pairs else 1
-    for offload in (False, True) if device.type != "cpu" else (False,):
+    most = min(jobs.history, max(1, MOST_ROWS // prompts)) if trial.pairs else 1
+    for offload in (False,) if on_cpu else (False, True):
         fitting = [lags for lags in range(1, most + 1) if need(offload, lags) <= limit]
         if fitting:
-            away = host + (probe.held_bytes + jobs.history * step if offload else 0)
+            peak = need(offload, fitting[-1])
+            room = limit - peak if on_cpu else host_bound()
+            in_memory = min(kept, room)
+            away = host + (trial.held_bytes + jobs.history * step if offload else 0)
             return _Memory(
-                need(offload, fitting[-1]),
-                0 if device.type == "cpu" else away,
-                offload,
-                fitting[-1],
+                peak_bytes=peak + (in_memory if on_cpu else 0),
+                host_bytes=0 if on_cpu else away + in_memory,
+                disk_bytes=kept - in_memory,
+                kept_bytes=in_memory,
+                offload=offload,
+                lags_together=fitting[-1],
             )
-    smallest = need(device.type != "cpu", 1)
+    smallest = need(not on_cpu, 1)
     raise StatsError(
         f"calibration needs at least {_size(smallest)} above the model, more than max_memory="
         f"{limit} bytes ({_size(limit)}): raise it, or lower batch_size, groups or lags"
     )
+
+
+def host_bound() -> int:
+    """Bytes of the CPU's memory that outputs may take while the model is elsewhere."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return DEFAULT_BYTES
 
 
 def _duration(seconds: float) -> str:

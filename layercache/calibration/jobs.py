@@ -49,19 +49,18 @@ class Jobs:
         return tuple(round(step) for step in spaced)
 
     def at(self, step: int) -> tuple[tuple[int, int], ...]:
-        """The pairs of one step, by group.
-
-        Step 0 has no history. It has one pair in name, which the recorded outputs answer, so that
-        guidance with a memory shows.
-        """
-        if step == 0:
-            return ((0, 1),)
+        """The pairs of one step, by group; none at step 0, which has no history."""
         if self.mode == "replay":
             lags = range(1, min(self.lags, step) + 1)
             return tuple((group, lag) for group in range(self.groups) for lag in lags)
         if step in self.scale_steps:
             return tuple((group, 1) for group in range(self.groups))
         return ()
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """All pairs of a run."""
+        return tuple(sorted({pair for step in range(self.steps) for pair in self.at(step)}))
 
     @property
     def history(self) -> int:

@@ -1,9 +1,6 @@
-"""Runs whose early velocities are known, and what a changed latent does to the image."""
+"""What a changed latent does to the image."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,110 +8,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch
-from layercache.calibration.replay import ReplayableTransformer
-from layercache.models.stepping import sigmas_of, tapped_step
+from layercache.calibration.record import Run
+from layercache.calibration.reenact import Reenactment
+from layercache.calibration.stage import Others, Stage
+from layercache.models.pipelines import decodes
 
 PERTURBATION = 0.02
 """Size of the change by which `image_gain` is measured, relative to the latent."""
 
 
-def run_pipeline(pipe: Any, batch: Batch) -> Tensor:
-    """Call the pipeline; images (B, ...) in [0, 1], or latents where nothing can decode them."""
-    arguments = dict(batch.arguments)
-    # Every run of a batch starts from the same noise: generators are stateful, so copy them.
-    generators = arguments.get("generator")
-    if isinstance(generators, list):
-        arguments["generator"] = [g.clone_state() for g in generators]
-    elif isinstance(generators, torch.Generator):
-        arguments["generator"] = generators.clone_state()
-    decodes = getattr(pipe, "vae", None) is not None
-    arguments["output_type"] = "pt" if decodes else "latent"
-    arguments["return_dict"] = False
-    output = pipe(**arguments)[0]
-    tensor = output if isinstance(output, Tensor) else torch.stack(list(output))
-    return tensor.detach().float().cpu()
-
-
-def rerun(
-    pipe: Any,
-    batch: Batch,
-    replayable: ReplayableTransformer,
-    velocities: Sequence[Tensor],
-    known: int,
-    replaced: Mapping[int, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Generate again, the first `known` steps from their velocities, which costs no forward.
-
-    Args:
-        pipe: The pipeline.
-        batch: The prompts of the run that gave `velocities`.
-        replayable: The transformer of the pipeline, attached; it has recorded that run.
-        velocities: The T guided outputs of the full run.
-        known: How many steps are not computed.
-        replaced: Velocities to use instead, for some of these steps.
-
-    Returns:
-        The images, and the latent after the last step.
-    """
-    step = number = 0
-    final: list[Tensor] = []
-
-    def on_call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal number
-        branch, number = number, number + 1
-        if step < known:
-            # What the pipeline makes of it is not used: the scheduler gets a known velocity.
-            return replayable.branches[branch].output
-        return replayable.run(*args, **kwargs)
-
-    def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        nonlocal step, number
-        result = velocity
-        if index < known:
-            result = replaced.get(index, velocities[index]).to(velocity)
-        step, number = index + 1, 0
-        if step == len(velocities):
-            sigmas = sigmas_of(pipe.scheduler)
-            final.append((sample + (sigmas[-1] - sigmas[-2]) * result).cpu())
-        return result
-
-    replayable.on_call(on_call)
-    with tapped_step(pipe.scheduler, on_step):
-        images = run_pipeline(pipe, batch)
-    return images, final[0]
-
-
 def image_gain(
-    pipe: Any,
-    batch: Batch,
-    replayable: ReplayableTransformer,
-    velocities: Sequence[Tensor],
-    final: Tensor,
-    images: Tensor,
+    stage: Stage, batch: Batch, run: Run, others: Others, images: Tensor
 ) -> NDArray[np.float64]:
     """(B,) mean squared pixel change per mean squared change of the final latent.
 
-    The last velocity is nudged by seeded noise so that the latent moves by `PERTURBATION` of its
-    size. Without an autoencoder the "image" is the latent, scaled so that its range is 1.
+    The final latent is changed by seeded noise of `PERTURBATION` of its size, where it is the
+    model's to move. Without an autoencoder the "image" is the latent, scaled to a range of 1.
 
     Args:
-        pipe: The pipeline.
+        stage: The pipeline.
         batch: The prompts.
-        replayable: The transformer of the pipeline, attached.
-        velocities: The T guided outputs of the full run.
-        final: Its latent after the last step.
+        run: Their recorded run.
+        others: What the pipeline's other models do.
         images: Its images.
     """
-    sigmas, last = sigmas_of(pipe.scheduler), len(velocities) - 1
+    final = run.final.float()
     noise = torch.randn(final.shape, generator=torch.Generator().manual_seed(0))
-    nudge = noise.to(final) * (PERTURBATION * final.float().std().item())
-    moved = velocities[last] + nudge / abs(sigmas[-1] - sigmas[-2])
-    changed, _ = rerun(pipe, batch, replayable, velocities, last + 1, {last: moved})
+    nudge = noise * (PERTURBATION * final.std().item()) * run.mask
+    director = Reenactment(run, changed={run.steps - 1: -nudge}, ends=False)
+    changed = stage.play(batch, director, others)
+    assert changed is not None
     change = (images - changed).flatten(1).pow(2).mean(1).double().numpy()
-    if images.ndim < 4:
+    if not decodes(stage.pipe):
         flat = images.flatten(1)
         span = (flat.max(1).values - flat.min(1).values).double().numpy()
         change = change / np.maximum(span, 1e-12) ** 2
-    latent_change = nudge.float().flatten(1).pow(2).mean(1).double().numpy()
+    latent_change = nudge.flatten(1).pow(2).mean(1).double().numpy()
     result: NDArray[np.float64] = np.maximum(change / latent_change, 1e-12)
     return result

@@ -1,27 +1,26 @@
 """How much an error made at one step has grown when it reaches the final latent.
 
-At a few probe steps t the velocity is replaced by that of the step before, as plain reuse would
-do, and the run goes on at full compute. With delta = v_{t-1} - v_t and z the final latent,
+At a few probe steps t the latent is moved as if the velocity were that of the step before, as plain
+reuse would do, and the run goes on at full compute. With delta = v_{t-1} - v_t and z the final
+latent,
 
     amplification(t) = ||z_perturbed - z|| / ||(sigma_{t+1} - sigma_t) delta||,
 
-interpolated between probes in the logarithm, over sigma. The steps before t are not computed again:
-their velocities are known.
+interpolated between probes in the logarithm, over sigma. The steps before t are not computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration.profile import rerun
 from layercache.calibration.prompts import Batch
-from layercache.calibration.replay import ReplayableTransformer
-from layercache.models.stepping import sigmas_of
+from layercache.calibration.record import Run
+from layercache.calibration.reenact import Reenactment
+from layercache.calibration.stage import Others, Stage
 
 PROBES = 6
 
@@ -43,34 +42,28 @@ def probe_steps(sigmas: Sequence[float], count: int = PROBES) -> tuple[int, ...]
 
 
 def measure_amplification(
-    pipe: Any,
-    batch: Batch,
-    replayable: ReplayableTransformer,
-    velocities: Sequence[Tensor],
-    final: Tensor,
-    count: int = PROBES,
+    stage: Stage, batch: Batch, run: Run, others: Others, count: int = PROBES
 ) -> NDArray[np.float64]:
     """(B, T) amplification of each prompt at each step; all 1 without probes.
 
     Args:
-        pipe: The pipeline.
-        batch: The prompts of the run that gave `velocities` and `final`.
-        replayable: The transformer of the pipeline, attached.
-        velocities: The T guided outputs of the full run.
-        final: Its latent after the last step.
+        stage: The pipeline.
+        batch: The prompts.
+        run: Their recorded run.
+        others: What the pipeline's other models do at steps that are not computed again.
         count: How many steps are probed.
     """
-    sigmas = sigmas_of(pipe.scheduler)
-    steps = len(velocities)
+    sigmas, steps = run.sigmas, run.steps
     probes = probe_steps(sigmas, count)
     if not probes:
         return np.ones((len(batch.ids), steps))
     logs = []
     for probe in probes:
-        reused = {probe: velocities[probe - 1]}
-        _, reached = rerun(pipe, batch, replayable, velocities, probe + 1, reused)
-        made = (sigmas[probe + 1] - sigmas[probe]) * (velocities[probe - 1] - velocities[probe])
-        logs.append(np.log(_growth(reached - final, made)))
+        made = (sigmas[probe + 1] - sigmas[probe]) * (run.velocity(probe - 1) - run.velocity(probe))
+        director = Reenactment(run, changed={probe: made}, known=probe + 1)
+        stage.play(batch, director, others)
+        assert director.final is not None
+        logs.append(np.log(_growth((director.final - run.final).float() * run.mask, made)))
     # `np.interp` wants rising abscissae; sigmas fall.
     at = np.array([sigmas[probe] for probe in probes])[::-1]
     values = np.array(logs)[::-1]

@@ -1,54 +1,79 @@
-"""A transformer whose groups can be recorded, and replayed with residuals of earlier steps.
+"""A transformer whose calls can be recorded, and replayed with residuals of earlier steps.
 
-While attached, `forward` of the transformer and of every grouped block is replaced on the
-instances. In *record* mode the model runs as it is, and every group's output streams and residual
-are noted. In *replay* mode groups before g return what was recorded, group g returns its input plus
-a residual of an earlier step, and the groups after g compute; replays of several lags run as one
-larger batch.
+While attached, gates stand on every grouped block. A *recorded* call runs as it is, and every
+group's output streams and residual are noted. A *replay* of it returns what was recorded for the
+groups before g, adds a residual of an earlier step to the input of group g, and computes the groups
+after g; replays of several lags run as one larger batch.
 
-Residuals of the current step and of the `lags` steps before it are held, and outputs of the current
-one. Both move to the CPU where `offload` is set, and come back when a replay reads them.
+A group is, in each call, the blocks of it that the model calls there: skip-layer guidance leaves
+some out. Residuals of the current step and of the `lags` steps before it are held, and outputs of
+the call under way. Both move to the CPU where `offload` is set, and come back when a replay reads
+them.
 """
 
 from __future__ import annotations
 
-import functools
-from collections import deque
-from collections.abc import Callable
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layercache.calibration.timing import Clock, StepTimes
+from layercache.calibration.timing import Clock, Mark, StepTimes
 from layercache.models.adapters import (
     Adapter,
     BlockList,
     blocks_of,
-    read_outputs,
     read_streams,
     write_outputs,
 )
+from layercache.models.gates import Call, Gate
+from layercache.models.measuring import ResidualMeter, Streams
+from layercache.models.tensors import finite, map_tensors, tensor_bytes, tensors_in
 from layercache.stats import Group
 
-Streams = dict[str, Tensor]
+Shape = tuple[Any, ...]
+"""What two calls must share so that one can read residuals of the other."""
 
 
 @dataclass
-class _Branch:
-    """What is remembered of one of the step's transformer calls."""
+class _Part:
+    """What one group did in the call under way."""
 
-    outputs: list[Streams]
-    residuals: list[Streams]
-    history: list[deque[Streams]]
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
+    meter: ResidualMeter
+    positions: list[int] = field(default_factory=list)
+    elements: int = 0
+    shapes: list[Any] = field(default_factory=list)
+    outputs: Streams = field(default_factory=dict)
+    started: Mark = None
+    ended: Mark = None
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """One call of the transformer, until the next one is recorded.
+
+    Attributes:
+        shape: What calls of other steps must have in common with it.
+        elements: (G+1,) elements of the streams that entered blocks, by group, then those of the
+            output: the work that it was.
+    """
+
+    step: int
+    number: int
+    inner: Call
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    shape: Shape
+    elements: tuple[int, ...]
+    parts: tuple[_Part, ...]
 
 
 class ReplayableTransformer:
-    """Attach to a transformer; `remove` restores every `forward` and drops all that is held.
+    """Attach to a transformer; `remove` takes every gate off and drops all that is held.
 
     Args:
         transformer: The model.
@@ -58,7 +83,6 @@ class ReplayableTransformer:
         offload: Keep what is held on the CPU.
 
     Attributes:
-        branches: What is remembered of each of a step's calls.
         times: The spans of every recorded call and group.
     """
 
@@ -70,81 +94,128 @@ class ReplayableTransformer:
         lags: int,
         offload: bool = False,
     ) -> None:
-        self.transformer, self.groups, self.lags = transformer, groups, lags
-        self.offload = offload
+        self.groups, self.lags, self.offload = groups, lags, offload
         self.device = device_of(transformer)
-        self.branches: list[_Branch] = []
         self.times = StepTimes(Clock(self.device), len(groups))
-        self._call: Callable[..., Any] = lambda *args, **kwargs: self.run(*args, **kwargs)
-        self._branch: _Branch | None = None
-        self._replay: tuple[int, list[Streams], int] | None = None
-        self._entered: list[tuple[Any, Streams]] = [(None, {})] * len(groups)
-        self._originals: list[tuple[nn.Module, bool, Any]] = []
-        lists = {block_list.name: block_list for block_list in adapter.block_lists}
-        self._root = transformer.forward
-        self._patch(transformer, lambda *args, **kwargs: self._call(*args, **kwargs))
-        for index, group in enumerate(groups):
-            block_list = lists[group.block_list]
+        self._lists = [adapter.block_list(group.block_list) for group in groups]
+        self._parts: tuple[_Part, ...] | None = None
+        self._replay: tuple[RecordedCall, int, list[Streams], int] | None = None
+        # By call number and group: the residuals of recent steps.
+        self._history: dict[tuple[int, int], dict[int, Streams]] = {}
+        self._shapes: dict[tuple[int, int], Shape] = {}
+        self._gates: list[Gate] = []
+        for index, (group, block_list) in enumerate(zip(groups, self._lists, strict=True)):
             blocks = blocks_of(transformer, block_list)
             for position in range(group.start, group.stop):
-                self._patch_block(blocks[position], block_list, index, position)
-
-    def on_call(self, function: Callable[..., Any]) -> None:
-        """Make `function` answer the pipeline's transformer calls from here on."""
-        self._call = function
+                self._gates.append(self._gate(blocks[position], block_list, index, position))
+        for gate in self._gates:
+            gate.install()
 
     def remove(self) -> None:
-        """Restore every `forward`, in reverse order, and drop what is held."""
-        for module, had_own, original in reversed(self._originals):
-            if had_own:
-                module.forward = original
-            else:
-                del module.forward
-        self._originals.clear()
-        # Whoever answers the calls knows this object, a cycle that would keep tensors for long.
-        self.branches.clear()
-        self._call = self._root
+        """Take the gates off, and drop what is held."""
+        for gate in reversed(self._gates):
+            gate.remove()
+        # Gates know this object, a cycle that would keep tensors for long.
+        self._gates.clear()
+        self.clear()
 
-    def _patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self._originals.append((module, "forward" in vars(module), module.forward))
-        module.forward = functools.wraps(module.forward)(forward)
+    def clear(self) -> None:
+        """Drop what is held of calls; times stay."""
+        self._history.clear()
+        self._shapes.clear()
 
-    def _patch_block(
-        self, block: nn.Module, block_list: BlockList, index: int, position: int
-    ) -> None:
-        group, original = self.groups[index], block.forward
-        head, tail = position == group.start, position == group.stop - 1
+    # -- the blocks ----------------------------------------------------------------------------
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+    def _gate(self, block: nn.Module, block_list: BlockList, index: int, position: int) -> Gate:
+        def handle(inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._replay is not None:
-                return self._replayed(block_list, block, index, head, original, args, kwargs)
-            branch = self._branch
-            if branch is None:
-                return original(*args, **kwargs)
-            if head:
-                streams = read_streams(block_list, block, args, kwargs)
-                self._entered[index] = (self.times.clock.mark(), streams)
-            output = original(*args, **kwargs)
-            if tail:
-                started, before = self._entered[index]
-                self._entered[index] = (None, {})
-                ended = self.times.clock.mark()
-                self.times.group(index, started, ended)
-                self._note(branch, index, before, read_outputs(block_list, output), block_list)
-                self.times.noting(ended, self.times.clock.mark())
+                return self._replayed(block_list, block, index, position, inner, args, kwargs)
+            if self._parts is None:
+                return inner(*args, **kwargs)
+            part = self._parts[index]
+            if not part.positions:
+                part.started = self.times.clock.mark()
+            streams = read_streams(block_list, block, args, kwargs)
+            part.positions.append(position)
+            part.elements += sum(tensor.numel() for tensor in streams.values())
+            part.shapes.append([(name, t.shape, t.dtype) for name, t in streams.items()])
+            output = part.meter.run(block, inner, args, kwargs)
+            part.ended = self.times.clock.mark()
+            if block_list.in_place:
+                # What was returned here changes when the model writes into it.
+                part.outputs = {name: t.clone() for name, t in part.meter.outputs.items()}
             return output
 
-        self._patch(block, forward)
+        return Gate(block, handle)
 
-    def _note(
-        self, branch: _Branch, index: int, before: Streams, after: Streams, block_list: BlockList
-    ) -> None:
-        residual = {name: after[name] - before[name] for name in after}
-        if block_list.in_place and not self._moves:
-            # What was returned here changes when the model writes into it.
-            after = {name: tensor.clone() for name, tensor in after.items()}
-        branch.residuals[index] = self._away(residual)
-        branch.outputs[index] = self._away(after)
+    def _replayed(
+        self,
+        block_list: BlockList,
+        block: nn.Module,
+        index: int,
+        position: int,
+        inner: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        assert self._replay is not None
+        call, target, residuals, count = self._replay
+        if index > target:
+            return inner(*args, **kwargs)
+        positions = call.parts[index].positions
+        if index < target and position == positions[-1]:
+            # The last block, since what the model adds between two blocks is in this already.
+            recorded = call.parts[index].outputs
+            return write_outputs(
+                block_list,
+                block,
+                {name: _repeat(tensor.to(self.device), count) for name, tensor in recorded.items()},
+            )
+        streams = read_streams(block_list, block, args, kwargs)
+        if index == target and position == positions[0]:
+            streams = {
+                name: finite(
+                    streams[name]
+                    + torch.cat([residual[name].to(self.device) for residual in residuals])
+                )
+                for name in residuals[0]
+            }
+        return write_outputs(block_list, block, streams)
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def record(
+        self, step: int, number: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RecordedCall:
+        """Make call `number` of a step in full and note its groups' streams."""
+        parts = tuple(_Part(ResidualMeter(block_list)) for block_list in self._lists)
+        clock, self._parts = self.times.clock, parts
+        started = clock.mark()
+        try:
+            output = inner(*args, **kwargs)
+        finally:
+            self._parts = None
+        ended = clock.mark()
+        self.times.call(started, ended)
+        for index, part in enumerate(parts):
+            if part.positions:
+                self.times.group(index, part.started, part.ended)
+                part.outputs = self._away(part.outputs or part.meter.outputs)
+            self._keep(step, number, index, part)
+        elements = (*(part.elements for part in parts), _first_tensor(output).numel())
+        shape = tuple((tuple(part.positions), tuple(map(tuple, part.shapes))) for part in parts)
+        self.times.aside(ended, clock.mark())
+        return RecordedCall(step, number, inner, args, kwargs, output, shape, elements, parts)
+
+    def _keep(self, step: int, number: int, index: int, part: _Part) -> None:
+        key = (number, index)
+        shape = (tuple(part.positions), tuple(map(tuple, part.shapes)))
+        if self._shapes.get(key) != shape:
+            self._shapes[key], self._history[key] = shape, {}
+        history = self._history[key]
+        history[step] = self._away(part.meter.residual())
+        for old in [earlier for earlier in history if earlier < step - self.lags]:
+            del history[old]
 
     @property
     def _moves(self) -> bool:
@@ -153,102 +224,44 @@ class ReplayableTransformer:
     def _away(self, streams: Streams) -> Streams:
         return {n: t.cpu() for n, t in streams.items()} if self._moves else streams
 
-    def _replayed(
-        self,
-        block_list: BlockList,
-        block: nn.Module,
-        index: int,
-        head: bool,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        assert self._replay is not None and self._branch is not None
-        target, residuals, count = self._replay
-        if index > target:
-            return original(*args, **kwargs)
-        streams = read_streams(block_list, block, args, kwargs)
-        if head and index < target:
-            recorded = self._branch.outputs[index]
-            streams = {
-                name: _repeat(tensor.to(self.device), count) for name, tensor in recorded.items()
-            }
-        elif head:
-            streams = {
-                name: streams[name]
-                + torch.cat([residual[name].to(self.device) for residual in residuals])
-                for name in residuals[0]
-            }
-        return write_outputs(block_list, block, streams)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformer as it is, untouched and unrecorded."""
-        self._branch = None
-        return self._root(*args, **kwargs)
-
-    def record(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run branch `number` of a step in full and note its groups' streams."""
-        if number == len(self.branches):
-            count = len(self.groups)
-            history = [deque[Streams](maxlen=self.lags) for _ in range(count)]
-            self.branches.append(_Branch([{}] * count, [{}] * count, history))
-        branch = self.branches[number]
-        self._branch = branch
-        clock = self.times.clock
-        started = clock.mark()
-        try:
-            branch.output = self._root(*args, **kwargs)
-        finally:
-            self._branch = None
-        self.times.call(started, clock.mark())
-        branch.args, branch.kwargs = args, kwargs
-        return branch.output
-
-    def end_step(self) -> None:
-        """Move the recorded residuals into the history of the coming steps."""
-        for branch in self.branches:
-            for index, residual in enumerate(branch.residuals):
-                branch.history[index].appendleft(residual)
-
-    def end_run(self) -> None:
-        """Drop everything held but the branches' outputs."""
-        for branch in self.branches:
-            count = len(self.groups)
-            branch.outputs, branch.residuals = [{}] * count, [{}] * count
-            for history in branch.history:
-                history.clear()
-            branch.args, branch.kwargs = (), {}
-
-    def replay(self, number: int, group: int, lags: list[int]) -> list[Any]:
-        """The branch's output with group `group` predicted from each of `lags` steps ago.
+    def replay(self, call: RecordedCall, group: int, lags: Sequence[int]) -> list[Any]:
+        """The call's output with one group predicted from each of `lags` steps ago.
 
         Several lags run as one batch. Returns one output a lag, of the model's own type.
         """
-        branch = self.branches[number]
-        residuals = [branch.history[group][lag - 1] for lag in lags]
-        size = _first_tensor(branch.output).shape[0]
-        self._branch, self._replay = branch, (group, residuals, len(lags))
+        if not call.parts[group].positions:
+            return [call.output] * len(lags)  # this call leaves the group out
+        history = self._history[call.number, group]
+        residuals = [history[call.step - lag] for lag in lags]
+        size, count = _first_tensor(call.output).shape[0], len(lags)
+        self._replay = (call, group, residuals, count)
         try:
-            output = self._root(
-                *_repeat_batch(branch.args, size, len(lags)),
-                **_repeat_batch(branch.kwargs, size, len(lags)),
+            output = call.inner(
+                *_repeat_batch(call.args, size, count), **_repeat_batch(call.kwargs, size, count)
             )
         finally:
-            self._branch, self._replay = None, None
-        return [_rows(output, i * size, (i + 1) * size) for i in range(len(lags))]
+            self._replay = None
+        if count == 1:
+            return [output]
+        rows = [slice(at * size, (at + 1) * size) for at in range(count)]
+        return [map_tensors(operator.itemgetter(row), output) for row in rows]
 
-    def batches_repeat(self, number: int, tolerance: float = 1e-2) -> bool:
+    def available(self, call: RecordedCall, group: int, lags: Sequence[int]) -> list[int]:
+        """Those of `lags` at which this call's residual of the group is held."""
+        history = self._history[call.number, group]
+        return [lag for lag in lags if call.step - lag in history]
+
+    def batches_repeat(self, call: RecordedCall, tolerance: float = 1e-2) -> bool:
         """Whether a batch repeated twice gives the recorded output twice, so that lags can batch.
 
         The test catches arguments that a repetition by their leading size gets wrong.
         """
-        branch = self.branches[number]
-        expected = _first_tensor(branch.output)
+        expected = _first_tensor(call.output)
         size = expected.shape[0]
         try:
             output = _first_tensor(
-                self._root(
-                    *_repeat_batch(branch.args, size, 2), **_repeat_batch(branch.kwargs, size, 2)
+                call.inner(
+                    *_repeat_batch(call.args, size, 2), **_repeat_batch(call.kwargs, size, 2)
                 )
             )
         except (RuntimeError, ValueError, IndexError, TypeError):
@@ -258,23 +271,27 @@ class ReplayableTransformer:
         error = (output - _repeat(expected, 2)).norm() / expected.norm().clamp_min(1e-12)
         return bool(error < tolerance)
 
-    def residual_bytes(self, group: int) -> int:
-        """Bytes of one stored residual of a group, all branches, for the whole batch."""
-        return sum(
-            tensor.nbytes for branch in self.branches for tensor in branch.residuals[group].values()
-        )
+    def residuals(self, step: int, group: int) -> list[tuple[int, Streams]]:
+        """(call number, residual) of a group in every call of a step."""
+        return [
+            (number, history[step])
+            for (number, index), history in sorted(self._history.items())
+            if index == group and step in history
+        ]
 
-    def held_bytes(self) -> int:
-        """Bytes of all outputs and residuals that are held, wherever they are."""
+    def residual_bytes(self, step: int, group: int) -> int:
+        """Bytes of one stored residual of a group, all calls, for the whole batch."""
+        return sum(tensor_bytes(residual) for _, residual in self.residuals(step, group))
+
+    def held_bytes(self, call: RecordedCall) -> int:
+        """Bytes of all residuals and of a call's outputs that are held, wherever they are."""
         held = {
             id(tensor): tensor.nbytes
-            for branch in self.branches
-            for streams in (
-                *branch.outputs,
-                *branch.residuals,
-                *(entry for history in branch.history for entry in history),
+            for value in (
+                *(part.outputs for part in call.parts),
+                *(streams for history in self._history.values() for streams in history.values()),
             )
-            for tensor in streams.values()
+            for tensor in tensors_in(value)
         }
         return sum(held.values())
 
@@ -311,19 +328,4 @@ def _repeat_batch(value: Any, size: int, count: int) -> Any:
 
 
 def _first_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    first = output[0]
-    found: Tensor = first[0] if isinstance(first, list) else first
-    return found
-
-
-def _rows(output: Any, start: int, stop: int) -> Any:
-    """Rows of an output, in the model's own output type."""
-    if isinstance(output, Tensor):
-        return output[start:stop]
-    if isinstance(output, tuple | list):
-        return type(output)(_rows(item, start, stop) for item in output)
-    if isinstance(output, dict):
-        return type(output)(**{name: _rows(item, start, stop) for name, item in output.items()})
-    return output
+    return tensors_in(output)[0]

@@ -34,20 +34,23 @@ class ResidualSketches:
     def __init__(self, size: int, seed: int, prompts: int) -> None:
         self._size, self._seed, self._prompts = size, seed, prompts
         self._sketches: dict[tuple[int, str, int], CountSketch] = {}
-        self.steps: list[NDArray[np.float32]] = []
+        self._steps: dict[int, NDArray[np.float32]] = {}
 
-    def add(self, replayable: ReplayableTransformer) -> None:
-        """Sketch the residuals that the step under way has recorded."""
+    def add(self, replayable: ReplayableTransformer, step: int) -> None:
+        """Sketch the residuals that a step has recorded."""
         rows = []
         for group in range(len(replayable.groups)):
-            total: Tensor | None = None
-            for number, branch in enumerate(replayable.branches):
-                for name, residual in branch.residuals[group].items():
-                    part = self._sketch(number, name, residual.to(replayable.device))
-                    total = part if total is None else total + part
-            assert total is not None
+            total = torch.zeros(self._prompts, self._size, device=replayable.device)
+            for number, residual in replayable.residuals(step, group):
+                for name, stream in residual.items():
+                    total = total + self._sketch(number, name, stream.to(replayable.device))
             rows.append(total)
-        self.steps.append(torch.stack(rows, dim=1).cpu().numpy())
+        self._steps[step] = torch.stack(rows, dim=1).cpu().numpy()
+
+    def rows(self, steps: int) -> list[NDArray[np.float32]]:
+        """(B, G, S) of each step; zeros at steps that this transformer does not make."""
+        nothing = np.zeros_like(next(iter(self._steps.values())))
+        return [self._steps.get(step, nothing) for step in range(steps)]
 
     def _sketch(self, number: int, name: str, residual: Tensor) -> Tensor:
         flat = by_prompt(residual, self._prompts)

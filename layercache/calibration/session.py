@@ -2,68 +2,28 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from layercache.calibration.collect import Measured, Tick, collect
+from layercache.calibration.collect import Measured, Sketching, collect
 from layercache.calibration.estimate import CalibrationEstimate, estimate_run
 from layercache.calibration.jobs import Jobs
+from layercache.calibration.options import Options
 from layercache.calibration.prompts import Batch, arguments_digests
-from layercache.calibration.propagation import PROBES
+from layercache.calibration.record import Tick
 from layercache.calibration.replay import ReplayableTransformer
+from layercache.calibration.stage import Stage
+from layercache.calibration.trial import try_out
 from layercache.errors import StatsError
 from layercache.models.adapters import adapter_for
 from layercache.models.fingerprint import model_fingerprint, setting_of
 from layercache.stats import CalibrationStats, Group
 
 Log = Callable[[str], None]
-_LARGEST_SEED = 2**62
-"""torch takes 64 bits, and parts of one residual have seeds that follow."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a calibration measures; see `calibrate`."""
-
-    num_inference_steps: int = 50
-    lags: int = 8
-    seed: int = 0
-    batch_size: int = 1
-    sketch_size: int = 1024
-    mode: str = "replay"
-    probes: int | None = None
-    max_memory: int | None = None
-
-    def __post_init__(self) -> None:
-        counts = ("num_inference_steps", "lags", "batch_size", "sketch_size")
-        for name in (*counts, "seed", "probes", "max_memory"):
-            value = getattr(self, name)
-            if value is None and name in ("probes", "max_memory"):
-                continue
-            try:
-                # NumPy's integers too; statistics keep them as JSON.
-                object.__setattr__(self, name, int(operator.index(value)))
-            except TypeError:
-                raise StatsError(f"{name}={value!r}: it must be a whole number") from None
-        if min(getattr(self, name) for name in counts) < 1:
-            given = ", ".join(f"{name}={getattr(self, name)}" for name in counts)
-            raise StatsError(f"{given}: each must be at least 1")
-        if not -_LARGEST_SEED <= self.seed <= _LARGEST_SEED:
-            raise StatsError(f"seed={self.seed}: it must have at most 62 bits")
-        if self.perturbed_runs < 0:
-            raise StatsError(f"probes={self.probes}: it must be at least 0")
-
-    @property
-    def perturbed_runs(self) -> int:
-        """Probes of error growth a batch: none in residual mode if nothing is said."""
-        if self.probes is not None:
-            return self.probes
-        return PROBES if self.mode == "replay" else 0
 
 
 class Session:
@@ -71,7 +31,7 @@ class Session:
 
     Args:
         pipe: The pipeline.
-        groups: The groups.
+        components: The transformers to calibrate, each with its groups.
         options: How to measure.
         call_kwargs: Pipeline arguments of every call.
     """
@@ -79,95 +39,121 @@ class Session:
     def __init__(
         self,
         pipe: Any,
-        groups: tuple[Group, ...],
+        components: Mapping[str, tuple[Group, ...]],
         options: Options,
         call_kwargs: Mapping[str, Any],
     ) -> None:
-        self.pipe, self.groups, self.options = pipe, groups, options
-        self.adapter = adapter_for(pipe.transformer)
-        self.jobs = Jobs(options.mode, options.num_inference_steps, len(groups), options.lags)
-        self.model = model_fingerprint(pipe.transformer)
-        self.setting = setting_of(pipe, call_kwargs)
-        others = arguments_digests(call_kwargs, self.setting)
-        if others:
-            self.setting["other_arguments"] = others
-        self._estimate: CalibrationEstimate | None = None
+        self.pipe, self.components, self.options = pipe, dict(components), options
+        counts = {len(groups) for groups in self.components.values()}
+        if len(counts) > 1:
+            raise StatsError(
+                "components that are calibrated together need equally many groups, not "
+                + " and ".join(map(str, sorted(counts)))
+            )
+        self.num_groups = counts.pop()
+        # An unknown mode is an error before anything runs.
+        Jobs(options.mode, options.num_inference_steps, self.num_groups, options.lags)
+        self.adapters = {name: adapter_for(getattr(pipe, name)) for name in self.components}
+        self.models = {name: model_fingerprint(getattr(pipe, name)) for name in self.components}
+        self.settings = {
+            name: setting_of(pipe, call_kwargs, component=name) for name in self.components
+        }
+        for setting in self.settings.values():
+            others = arguments_digests(call_kwargs, setting)
+            if others:
+                setting["other_arguments"] = others
+        self._planned: tuple[CalibrationEstimate, Jobs] | None = None
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self, component: str) -> dict[str, Any]:
         """What is known before the run of `CalibrationStats.identity`."""
         options = self.options
         return {
             "mode": options.mode,
-            "model": self.model,
-            "groups": [group.name for group in self.groups],
+            "model": self.models[component],
+            "groups": [group.name for group in self.components[component]],
             "lags": options.lags,
             "probes": options.perturbed_runs,
             "sketch_seed": options.seed,
             "sketch_size": options.sketch_size,
-            "setting": self.setting,
+            "setting": self.settings[component],
+            "component": component,
         }
 
     def estimate(self, work: Sequence[Batch]) -> CalibrationEstimate:
         """What measuring these batches will take; the decisions of `measure` follow from it."""
         largest = max(work, key=Batch.extent)
         longest = max(work, key=lambda batch: batch.extent()[::-1])
-        found = self._estimate_like(largest, work)
+        found, jobs = self._estimate_like(largest, work)
         if longest is not largest:
             # A last batch of few prompts may need more than full ones with shorter texts.
-            found = found.covering(self._estimate_like(longest, work))
-        self._estimate = found
+            found = found.covering(self._estimate_like(longest, work)[0])
+        self._planned = found, jobs
         return found
 
-    def _estimate_like(self, batch: Batch, work: Sequence[Batch]) -> CalibrationEstimate:
-        replayable = self._attach(offload=False)
-        try:
-            with torch.no_grad():
-                return estimate_run(
-                    self.pipe,
-                    batch,
-                    replayable,
-                    self.jobs,
-                    batches=len(work),
-                    prompts=sum(len(each.ids) for each in work),
-                    sketch_size=self.options.sketch_size,
-                    probes=self.options.perturbed_runs,
-                    max_memory=self.options.max_memory,
-                )
-        finally:
-            replayable.remove()
-
-    def measure(self, batch: Batch, tick: Tick) -> CalibrationStats:
-        """Statistics of one batch, within the memory that `estimate` planned."""
-        plan = self._estimate or self.estimate([batch])
-        replayable = self._attach(plan.offload)
-        try:
-            with torch.no_grad():
-                measured = collect(
-                    self.pipe,
-                    batch,
-                    replayable,
-                    self.jobs,
-                    lags_together=plan.lags_together,
-                    sketch_size=self.options.sketch_size,
-                    sketch_seed=self.options.seed,
-                    probes=self.options.perturbed_runs,
-                    tick=tick,
-                )
-        finally:
-            replayable.remove()
-        return self._stats(batch, measured)
-
-    def _attach(self, offload: bool) -> ReplayableTransformer:
-        return ReplayableTransformer(
-            self.pipe.transformer, self.adapter, self.groups, self.jobs.history, offload
+    def _estimate_like(
+        self, batch: Batch, work: Sequence[Batch]
+    ) -> tuple[CalibrationEstimate, Jobs]:
+        options = self.options
+        with torch.no_grad(), self._staged(offload=False) as (stage, performers):
+            trial = try_out(stage, batch, performers)
+        # Image-to-image runs take fewer steps than they are asked for.
+        jobs = Jobs(options.mode, trial.run.steps, self.num_groups, options.lags)
+        found = estimate_run(
+            trial,
+            jobs,
+            next(iter(performers.values())).device,
+            batches=len(work),
+            prompts=sum(len(each.ids) for each in work),
+            batch_size=len(batch.ids),
+            sketch_size=options.sketch_size,
+            probes=options.perturbed_runs,
+            max_memory=options.max_memory,
         )
+        return found, jobs
 
-    def _stats(self, batch: Batch, measured: Measured) -> CalibrationStats:
+    def measure(self, batch: Batch, tick: Tick) -> dict[str, CalibrationStats]:
+        """Statistics of one batch by component, within the memory that `estimate` planned."""
+        if self._planned is None:
+            self.estimate([batch])
+        assert self._planned is not None
+        plan, jobs = self._planned
+        with torch.no_grad(), self._staged(plan.offload) as (stage, performers):
+            measured = collect(
+                stage,
+                batch,
+                performers,
+                jobs,
+                lags_together=plan.lags_together,
+                kept_bytes=plan.kept_bytes,
+                sketching=Sketching(self.options.sketch_size, self.options.seed),
+                probes=self.options.perturbed_runs,
+                tick=tick,
+            )
+        return {name: self._stats(batch, name, found) for name, found in measured.items()}
+
+    @contextmanager
+    def _staged(self, offload: bool) -> Iterator[tuple[Stage, dict[str, ReplayableTransformer]]]:
+        performers: dict[str, ReplayableTransformer] = {}
+        stage = Stage(self.pipe, tuple(self.components))
+        history = self.options.lags if self.options.mode == "replay" else 1
+        try:
+            for name, groups in self.components.items():
+                performers[name] = ReplayableTransformer(
+                    getattr(self.pipe, name), self.adapters[name], groups, history, offload
+                )
+            yield stage, performers
+        finally:
+            for performer in performers.values():
+                performer.remove()
+            stage.remove()
+
+    def _stats(self, batch: Batch, component: str, measured: Measured) -> CalibrationStats:
         order = sorted(range(len(batch.ids)), key=batch.ids.__getitem__)
         return CalibrationStats(
             sigmas=np.array(measured.sigmas),
-            groups=self.groups,
+            loads=measured.loads,
+            segments=measured.segments,
+            groups=self.components[component],
             branches=measured.branches,
             velocities=measured.velocities[order],
             latents=measured.latents[order],
@@ -181,8 +167,9 @@ class Session:
             numel=measured.numel,
             sketch_seed=self.options.seed,
             prompt_ids=tuple(batch.ids[i] for i in order),
-            model=self.model,
-            setting=self.setting,
+            model=self.models[component],
+            setting=self.settings[component],
+            component=component,
             mode=self.options.mode,
             probes=self.options.perturbed_runs,
         )

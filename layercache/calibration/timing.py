@@ -51,8 +51,8 @@ class Clock:
 class StepTimes:
     """Spans of every recorded step, and their medians over warm steps.
 
-    Call `call` and `group` for every transformer call and group, `noting` for what calibration
-    itself does within a call, `outside` for what a step spends between and after its calls, and
+    Call `call` and `group` for every transformer call and group, `aside` for what calibration
+    itself does between them, `outside` for what a step spends between and after its calls, and
     `end_step` once a step.
     """
 
@@ -63,18 +63,22 @@ class StepTimes:
 
     def clear(self) -> None:
         """Forget everything."""
-        # A row a step: one entry a group, then notes, then calls, then the windows around them.
+        # A row a step: one entry a group, then asides, then calls, then the windows around them.
         self._rows: list[list[list[tuple[Mark, Mark]]]] = [self._row()]
 
     def _row(self) -> list[list[tuple[Mark, Mark]]]:
         return [[] for _ in range(self._groups + 3)]
 
+    def like(self) -> StepTimes:
+        """An empty one of the same clock and groups."""
+        return StepTimes(self.clock, self._groups)
+
     def group(self, index: int, start: Mark, stop: Mark) -> None:
         """A group ran."""
         self._rows[-1][index].append((start, stop))
 
-    def noting(self, start: Mark, stop: Mark) -> None:
-        """Calibration noted something while the transformer ran."""
+    def aside(self, start: Mark, stop: Mark) -> None:
+        """Calibration did something of its own between two calls."""
         self._rows[-1][-3].append((start, stop))
 
     def call(self, start: Mark, stop: Mark) -> None:
@@ -96,13 +100,24 @@ class StepTimes:
             [[sum(self.clock.seconds(*span) for span in spans) for spans in row] for row in rows]
         )
         times = sums.reshape(len(rows), self._groups + 3)
-        groups, noting, call, window = times[:, :-3], times[:, -3], times[:, -2], times[:, -1]
-        rest = np.maximum(call - noting - groups.sum(axis=1), 0.0)
-        return np.column_stack([groups, rest, np.maximum(window - call, 0.0)])
+        groups, aside, call, window = times[:, :-3], times[:, -3], times[:, -2], times[:, -1]
+        rest = np.maximum(call - groups.sum(axis=1), 0.0)
+        return np.column_stack([groups, rest, np.maximum(window - call - aside, 0.0)])
 
-    def median_ms(self) -> NDArray[np.float64]:
-        """(G+2,) medians in milliseconds over all but the first steps, as in `CalibrationStats`."""
+    def median_ms(self, loads: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(G+2,) medians in milliseconds over all but the first steps, as in `CalibrationStats`.
+
+        Args:
+            loads: (steps, G+1) what each step had to do, as shares of the fullest; a step that had
+                less counts as what it would have taken at 1.
+        """
         times = self.seconds()
-        warm = times[min(_COLD_STEPS, len(times) - 1) :]
-        result: NDArray[np.float64] = 1e3 * np.median(warm, axis=0)
-        return result
+        start = min(_COLD_STEPS, len(times) - 1)
+        full: NDArray[np.float64] = 1e3 * np.median(times[start:], axis=0)
+        for column in range(times.shape[1] - 1):
+            share = loads[:, column]
+            known = np.flatnonzero(share > 0)
+            if len(known):
+                warm = known[known >= start] if (known >= start).any() else known
+                full[column] = 1e3 * np.median(times[warm, column] / share[warm])
+        return full

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch
 from layercache.evaluation.methods import Method
+from layercache.models.pipelines import run_pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def timed_run(pipe: Any, method: Method, batch: Batch) -> Run:
     with torch.no_grad(), method.attach(pipe):
         _synchronise()
         cpu, began = time.process_time(), time.perf_counter()
-        images = run_pipeline(pipe, changed)
+        images = run_pipeline(pipe, changed.arguments)
         _synchronise()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     return Run(images, seconds, cpu)
@@ -92,7 +92,7 @@ def time_interleaved(
     """
     if warm_up:
         with torch.no_grad():
-            run_pipeline(pipe, batches[0])
+            run_pipeline(pipe, batches[0].arguments)
     seconds: list[list[float]] = [[] for _ in methods]
     images: list[list[Tensor]] = [[] for _ in methods]
     for repeat in range(repeats):

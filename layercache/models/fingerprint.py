@@ -13,19 +13,9 @@ from typing import Any
 from torch import nn
 
 from layercache.models.adapters import adapter_for, blocks_of, unwrap
+from layercache.models.calling import CALL_KEYS
 
-# Arguments of a pipeline call that change what the model computes, besides the prompt and seed.
-_CALL_KEYS = (
-    "height",
-    "width",
-    "num_frames",
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_scale_2",
-    "true_cfg_scale",
-    "strength",
-    "max_sequence_length",
-)
+_CALL_KEYS = (*CALL_KEYS, "num_inference_steps")
 _SCHEDULER_KEYS = ("shift", "flow_shift", "use_dynamic_shifting")
 # Where the Hub's cache puts a repository's files, and what names a repository.
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
@@ -67,9 +57,9 @@ def setting_of(
 
     Returns:
         JSON values: the classes of pipeline and scheduler, the scheduler's shift, the model's
-        repository and commit, dtype, quantisation and active LoRA adapters, and the call's step
-        count, size and guidance scales, with the pipeline's own defaults where the call is silent.
-        What is not known is left out.
+        repository and commit, dtype, quantisation and active LoRA adapters, a modular pipeline's
+        guider, and the call's step count, size and guidance scales, with the pipeline's own
+        defaults where the call is silent. What is not known is left out.
     """
     scheduler = pipe.scheduler
     transformer = unwrap(getattr(pipe, component))
@@ -89,6 +79,11 @@ def setting_of(
         if key in getattr(scheduler, "config", {}):
             found[f"scheduler_{key}"] = scheduler.config[key]
     found |= _checkpoint(pipe, transformer)
+    guider = getattr(pipe, "guider", None)
+    if guider is not None:
+        # A modular pipeline's guidance is a component of it.
+        found["guider"] = type(guider).__name__
+        found["guider_scale"] = getattr(guider, "guidance_scale", None)
     if call_kwargs is not None:
         defaults = _call_defaults(pipe)
         for key in _CALL_KEYS:

@@ -6,6 +6,7 @@ after guidance of whatever kind. Only the instance is patched, and the patch is 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,8 +43,31 @@ def step_index(scheduler: Any) -> int:
 
 
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:
-    """The T+1 noise levels of the schedule that is set, as Python floats."""
-    return tuple(float(sigma) for sigma in scheduler.sigmas.tolist())
+    """The T+1 noise levels of the schedule that is set, falling, as Python floats.
+
+    A schedule that rises (Mochi's) counts how much of the image there is: its complement is noise.
+    """
+    sigmas = [float(sigma) for sigma in scheduler.sigmas.tolist()]
+    if len(sigmas) > 1 and sigmas[0] < sigmas[-1]:
+        return tuple(1.0 - sigma for sigma in sigmas)
+    return tuple(sigmas)
+
+
+def moved_sample(result: Any) -> Tensor:
+    """The sample in what a scheduler's `step` returned, in either of diffusers' forms."""
+    found: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+    return found
+
+
+def with_sample(result: Any, sample: Tensor) -> Any:
+    """What a scheduler's `step` returned, with another sample in it."""
+    if isinstance(result, tuple):
+        return (sample, *result[1:])
+    if isinstance(result, dict):  # diffusers' outputs
+        return type(result)(**{**result, "prev_sample": sample})
+    changed = copy.copy(result)
+    changed.prev_sample = sample
+    return changed
 
 
 @contextmanager

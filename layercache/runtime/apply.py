@@ -10,9 +10,10 @@ from torch import nn
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
 from layercache.models.adapters import adapter_for, blocks_of, check_signature, unwrap
 from layercache.models.fingerprint import model_fingerprint, setting_of
+from layercache.models.gates import gate_of, is_compiled
 from layercache.plan import Plan
-from layercache.runtime.gates import gate_of, is_compiled
-from layercache.runtime.run import OnMismatch, PlanRun
+from layercache.runtime.run import PlanRun
+from layercache.runtime.session import OnMismatch
 
 
 def apply_plan(
@@ -101,5 +102,6 @@ def apply_plan(
             stacklevel=2,
         )
     run = PlanRun(pipe, component, plan, adapter, on_mismatch)
+    run.said(differences)
     run.install()
     return run

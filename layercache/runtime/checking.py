@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from layercache.errors import UnsupportedModelError
 from layercache.models.adapters import BlockList, adapter_for, blocks_of, check_signature
+from layercache.models.gates import Gate
 from layercache.plan import UnitPlan
-from layercache.runtime.gates import Gate
 from layercache.runtime.groups import Branch, GroupRunner
 from layercache.runtime.timing import Clock
 from layercache.runtime.trace import Trace

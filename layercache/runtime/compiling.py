@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layercache.models.adapters import adapter_for, blocks_of
-from layercache.runtime.gates import gate_of
+from layercache.models.gates import gate_of
 
 
 def compile_blocks(transformer: nn.Module, **options: Any) -> int:

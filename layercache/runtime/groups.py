@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,9 +26,9 @@ from layercache.models.adapters import (
     read_streams,
     write_outputs,
 )
+from layercache.models.gates import Call, Handler
 from layercache.plan import Schedule
 from layercache.runtime.arithmetic import add, difference, predict
-from layercache.runtime.gates import Call, Handler
 from layercache.runtime.offloading import Transfers, shared_transfers
 from layercache.runtime.timing import Clock, Mark
 
@@ -142,21 +143,27 @@ class GroupRunner:
 
     def handler(self, block: nn.Module, position: int) -> Handler:
         """The gate handler of the block at `position` of the list."""
-        last = position == self.stop - 1
+        return partial(self.call, block, position)
 
-        def handle(inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._calls += 1
-            if self._calls == 1:
-                self.marks = (self._clock.mark(), None)
-            if self._mode is Mode.COMPUTE:
-                output = inner(*args, **kwargs)
-            else:
-                output = self._directed(block, position, inner, args, kwargs)
-            if last:
-                self.marks = (self.marks[0], self._clock.mark())
-            return output
-
-        return handle
+    def call(
+        self,
+        block: nn.Module,
+        position: int,
+        inner: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """What the block at `position` of the list returns in the forward under way."""
+        self._calls += 1
+        if self._calls == 1:
+            self.marks = (self._clock.mark(), None)
+        if self._mode is Mode.COMPUTE:
+            output = inner(*args, **kwargs)
+        else:
+            output = self._directed(block, position, inner, args, kwargs)
+        if position == self.stop - 1:
+            self.marks = (self.marks[0], self._clock.mark())
+        return output
 
     def _directed(
         self,

@@ -6,9 +6,8 @@ else the count of its steps. (The scheduler goes first, since an image-to-image 
 counts from 0 where the scheduler does not.) A branch is the name of the `cache_context` that the
 call is made in, and the ordinal of the call under that name within one step.
 
-A run is over when the scheduler reached its end, when the pipeline's loop was left (by an exception
-or an interruption), or when the transformer raised; calls that follow belong to somebody else until
-the scheduler gets new sigmas.
+A run is over when the scheduler reached its end, or has new sigmas. Calls by another pipeline never
+get here: see `runtime.run`.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ class Position:
     """Reads the scheduler. `advance` is called once per transformer call."""
 
     def __init__(self, scheduler: Any, plan_sigmas: tuple[float, ...]) -> None:
-        self.context: str | None = None
-        self.told: int | None = None
         self.step = -1
         self.offset = 0
         self._scheduler = scheduler
@@ -37,31 +34,34 @@ class Position:
         unset = getattr(scheduler, "num_inference_steps", None) is None
         if unset and compare_sigmas(plan_sigmas, sigmas_of(scheduler))[1] is not None:
             self._training = scheduler.sigmas
-        self._over = False
         self._steps_done = 0
         self._ordinals: Counter[str | None] = Counter()
 
-    def advance(self) -> tuple[bool, int] | None:
-        """Whether a run begins with this call, and the scheduler's step; None outside of runs."""
+    def advance(self, told: int | None) -> tuple[bool, int] | None:
+        """Whether a run begins with this call, and the scheduler's step; None outside of runs.
+
+        Args:
+            told: The step that a `cache_context` tells, if one does.
+        """
         scheduler = self._scheduler
         sigmas = scheduler.sigmas
         begins = sigmas is not self._sigmas
         if sigmas is self._training:
             return None
-        index = self._index(begins)
+        index = self._index(begins, told)
         # Some schedulers keep their sigmas from one run to the next.
         begins = begins or index + self.offset < self.step
-        if not hasattr(scheduler, "_step_index") and self.told is None and index >= len(sigmas) - 1:
+        if not hasattr(scheduler, "_step_index") and told is None and index >= len(sigmas) - 1:
             # Nothing but the count of its steps tells where such a scheduler stands.
             begins, index = True, 0
-        if index >= len(sigmas) - 1 or (self._over and not begins):
+        if index >= len(sigmas) - 1:
             return None
         return begins, index
 
     def begin(self) -> None:
         """A run begins."""
         self._sigmas = self._scheduler.sigmas
-        self.step, self._steps_done, self._over = -1, 0, False
+        self.step, self._steps_done = -1, 0
         self._ordinals.clear()
 
     def enter(self, step: int) -> None:
@@ -69,35 +69,27 @@ class Position:
         self.step = step
         self._ordinals.clear()
 
-    def branch(self) -> Branch:
-        """The branch of the call under way, counted."""
-        ordinal = self._ordinals[self.context]
-        self._ordinals[self.context] += 1
-        return (self.context, ordinal)
+    def branch(self, context: str | None) -> Branch:
+        """The branch of the call under way, made in this `cache_context`, counted."""
+        ordinal = self._ordinals[context]
+        self._ordinals[context] += 1
+        return (context, ordinal)
 
     def stepped(self) -> None:
         """The scheduler makes its step."""
         self._steps_done += 1
         self._ordinals.clear()
 
-    def resume(self) -> None:
-        """The pipeline opened another loop: a run that is not at its end may go on in it."""
-        self._over = False
-
-    def end(self) -> None:
-        """The run is over, whatever the scheduler says."""
-        self._over = True
-
     @property
     def under_way(self) -> bool:
         """Whether the scheduler is in the run that was begun last."""
-        return self._scheduler.sigmas is self._sigmas and not self._over
+        return self._scheduler.sigmas is self._sigmas
 
-    def _index(self, begins: bool) -> int:
+    def _index(self, begins: bool, told: int | None) -> int:
         if hasattr(self._scheduler, "_step_index"):
             return step_index(self._scheduler)
-        if self.told is not None:
-            return self.told
+        if told is not None:
+            return told
         return 0 if begins else self._steps_done
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 from layercache.plan import Plan
 from layercache.runtime.groups import Branch, GroupRunner
@@ -21,6 +22,7 @@ class Record:
         self.runs = runs
         self.problems: Counter[str] = Counter()
         self.steps_seen: set[int] = set()
+        self.calls: dict[int, int] = {}
         self.steps_elsewhere: set[int] = set()
         self.peak_bytes = 0
         self.velocity_bytes = 0
@@ -50,6 +52,7 @@ class Record:
         plan: Plan,
         groups: list[GroupRunner],
         step_runner: StepRunner | None,
+        others: Mapping[str, int],
         timed: bool = True,
     ) -> RunReport:
         """Next to what the plan said. Times wait for the device; `timed=False` leaves them out."""
@@ -106,6 +109,9 @@ class Record:
             seconds=self._ended - self._started,
             runs=self.runs,
             problems=dict(self.problems),
+            calls_planned=plan.branches,
+            calls_seen=max(self.calls.values(), default=0),
+            other_calls=dict(others),
         )
 
     def _time(self, unit: str, branch: Branch, computed: bool, timed: bool) -> float:

@@ -44,7 +44,9 @@ class RunReport:
     `cache_bytes_planned` is the plan's formula with the tensor sizes of this run, for all its
     images and branches; `cache_bytes_predicted` is the plan's figure for one image;
     `cache_bytes_seen` the peak between two steps. `steps_elsewhere` counts steps that the scheduler
-    made without a call of this transformer, as with the two experts of Wan 2.2.
+    made without a call of this transformer, as with the two experts of Wan 2.2. `calls_seen` is the
+    largest number of calls a step, next to the plan's branches. `other_calls` counts calls by other
+    pipelines, by class, since the plan was put on: those were computed in full.
     """
 
     steps_planned: int
@@ -57,16 +59,28 @@ class RunReport:
     seconds: float
     runs: int
     problems: dict[str, int] = field(default_factory=dict)
+    calls_planned: int = 0
+    calls_seen: int = 0
+    other_calls: dict[str, int] = field(default_factory=dict)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What differs from the plan, in words; empty if nothing does."""
         if self.runs == 0:
-            return ("the pipeline has not been run under this plan",)
+            others = [
+                f"{count} calls by another {name} were computed in full"
+                for name, count in self.other_calls.items()
+            ]
+            return ("the pipeline has not been run under this plan", *others)
         found = [
             message if count == 1 else f"{message} ({count} times)"
             for message, count in self.problems.items()
         ]
+        if self.calls_seen and self.calls_seen != self.calls_planned:
+            found.append(
+                f"the transformer was called {self.calls_seen} times a step and the plan is for "
+                f"{self.calls_planned}: guidance is another"
+            )
         if self.steps_seen + self.steps_elsewhere != self.steps_planned:
             found.append(
                 f"{self.steps_seen + self.steps_elsewhere} of {self.steps_planned} planned steps "
@@ -112,6 +126,10 @@ class RunReport:
                     f"{_ms(unit.seconds_predicted[branch]):>10}  "
                     f"{_mib(unit.bytes_seen[branch])} ({_mib(unit.bytes_planned[branch])})"
                 )
+        lines += [
+            f"  {count} calls by another {name}, computed in full"
+            for name, count in self.other_calls.items()
+        ]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 

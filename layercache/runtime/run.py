@@ -1,90 +1,96 @@
-"""The controller: knows the step and the branch of every transformer call, and directs the units.
+"""`PlanRun`: a plan that is on a pipeline, and whose calls of the transformer it answers.
 
-Decisions are made once per forward, at the root, from the plan alone. They never depend on data,
-so that processes of one parallel run agree without talking to each other.
+A transformer may serve pipelines besides the one that the plan was put on. Each call is of its
+caller (`models.calling`), and the caller's *scheduler* decides: the plan's own scheduler has the
+plan's session; a copy of the pipeline, made while the plan is on, has a session for its scheduler;
+every other pipeline is computed in full, whatever run it is called from.
 """
 
 from __future__ import annotations
 
+import re
+import threading
 import warnings
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
 from layercache.models.adapters import Adapter, blocks_of, unwrap
-from layercache.models.patching import Function, wrap_method
-from layercache.models.stepping import sigmas_of, tap_step
+from layercache.models.calling import calling_pipeline
+from layercache.models.gates import Call, Gate, Handler, is_compiled
+from layercache.models.patching import Function, own_methods, wrap_method, wrappers
 from layercache.plan import Plan
-from layercache.runtime.arithmetic import device_of, signature
-from layercache.runtime.gates import Call, Gate, is_compiled
-from layercache.runtime.groups import Branch, GroupRunner
-from layercache.runtime.position import Position, compare_sigmas
-from layercache.runtime.record import STEP, Record
 from layercache.runtime.report import RunReport
-from layercache.runtime.steps import StepRunner
-from layercache.runtime.surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops
-from layercache.runtime.timing import Clock
+from layercache.runtime.session import OnMismatch, Session
+from layercache.runtime.surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops, loop_owners
 from layercache.runtime.trace import Trace
 
-OnMismatch = Literal["error", "compute"]
+
+class _Mark:
+    """Stands in the dictionary of a pipeline or scheduler that has a session.
+
+    A shallow copy takes it over, a deep one does not.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+class _Context(threading.local):
+    """What holds for the call under way in this thread."""
+
+    session: Session | None = None
+    name: str | None = None
+    told: int | None = None
 
 
 class PlanRun:
     """A plan that is on a pipeline. Made by `apply_plan`; use it in `with`, or call `remove`.
 
-    It holds for one thread at a time, as diffusers pipelines do.
+    Shallow copies that are made of the pipeline meanwhile, with schedulers of their own, run the
+    plan too, in threads of their own if need be.
     """
 
     def __init__(
         self, pipe: Any, component: str, plan: Plan, adapter: Adapter, on_mismatch: OnMismatch
     ) -> None:
         self.plan = plan
-        self._pipe, self._component, self._on_mismatch = pipe, component, on_mismatch
-        self._transformer: nn.Module = getattr(pipe, component)
-        self._scheduler = pipe.scheduler
-        self._clock = Clock()
-        self._position = Position(self._scheduler, plan.sigmas)
-        self._record = Record()
-        self._root = Gate(self._transformer, self._forward)
+        self.component, self.adapter, self.on_mismatch = component, adapter, on_mismatch
+        self.transformer: nn.Module = getattr(pipe, component)
+        self.context = _Context()
+        self.loops = Loops()
+        self.main = Session(self, pipe)
+        self._pipe = pipe
+        self._latest = self.main
+        # A copy's session lives as long as the copy's scheduler, which holds it.
+        self._sessions: list[weakref.ref[Session]] = []
+        self._mark = f"_layercache_{component}"
+        self._root = Gate(self.transformer, self._forward)
         self._gates: list[Gate] = [self._root]
-        self._undo: list[Callable[[], None]] = []
-        unit = plan.step_unit
-        self._step_runner = (
-            StepRunner(plan.schedules[unit.name], self._note) if unit is not None else None
-        )
-        self._groups: list[GroupRunner] = []
-        self._blocks: dict[str, list[nn.Module]] = {}
-        for group in plan.groups:
-            self._add_group(group.name, adapter, str(group.block_list), group.start, group.stop)
+        for number, runner in enumerate(self.main.groups):
+            declared = adapter.block_list(str(plan.groups[number].block_list))
+            blocks = blocks_of(self.transformer, declared)
+            self._gates += [
+                Gate(blocks[i], self._handler(number, blocks[i], i), declared.streams)
+                for i in runner.positions
+            ]
         names = sorted({str(group.block_list) for group in plan.groups})
-        self._trace = Trace(self._transformer, adapter, names) if names else None
-        self._controlled = False
-        self._signatures: dict[Branch, tuple[Any, ...]] = {}
-        self._answered: set[Branch] = set()
-        self._computed: set[Branch] = set()
-        self._loops = Loops(self._position.resume, self._end)
-        # Steps that the scheduler made in a run in which this transformer was not called yet.
-        self._unclaimed: tuple[Any, set[int]] = (None, set())
+        self._trace = Trace(self.transformer, adapter, names) if names else None
+        self._tracing = threading.Lock()
+        self._undo: list[Callable[[], None]] = []
+        self._runs = 0
+        self._others: Counter[str] = Counter()
         self._warned: set[str] = set()
-
-    def _add_group(
-        self, name: str, adapter: Adapter, block_list: str, start: int | None, stop: int | None
-    ) -> None:
-        declared = adapter.block_list(block_list)
-        span = (start or 0, stop or 0)
-        schedule = self.plan.schedules[name]
-        runner = GroupRunner(name, declared, schedule, span, self._note, self._clock)
-        blocks = blocks_of(self._transformer, declared)
-        self._groups.append(runner)
-        self._blocks[name] = blocks
-        for position in runner.positions:
-            handler = runner.handler(blocks[position], position)
-            self._gates.append(Gate(blocks[position], handler, declared.streams))
 
     # -- putting on and taking off -------------------------------------------------------------
 
@@ -94,15 +100,12 @@ class PlanRun:
             for gate in self._gates:
                 self._undo.append(gate.remove)
                 gate.install()
-            self._undo.append(tap_step(self._scheduler, self._guided))
-            module = unwrap(self._transformer)
+            self._add(self.main)
+            module = unwrap(self.transformer)
             self._wrap(module, "cache_context", self._listening)
             self._wrap(module, "enable_cache", self._refusing)
-            self._wrap(self._pipe, "progress_bar", self._loops.opened)
             for name in MODEL_CHANGES:
                 self._wrap(module, name, self._flushing)
-            for name in PIPELINE_CHANGES:
-                self._wrap(self._pipe, name, self._flushing)
         except BaseException:
             self.remove()
             raise
@@ -111,8 +114,10 @@ class PlanRun:
         """Take the plan off and free everything. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
-        self._end()
-        self._signatures.clear()
+        for session in self._live:
+            session.remove()
+            for owner in (session.pipe, session.scheduler):
+                vars(owner).pop(self._mark, None)
         self._trace = None
 
     @property
@@ -136,107 +141,110 @@ class PlanRun:
     ) -> None:
         self.remove()
 
+    def watch(self, pipe: Any) -> list[Callable[[], None]]:
+        """Notice when a pipeline's loop is left or its model changes; returns what undoes it."""
+        wanted: list[tuple[Any, str, Function]] = [
+            (owner, "progress_bar", self.loops.opened) for owner in loop_owners(pipe)
+        ]
+        wanted += [(pipe, name, self._flushing) for name in PIPELINE_CHANGES]
+        return [
+            wrap_method(owner, name, function)
+            for owner, name, function in wanted
+            if getattr(owner, name, None) is not None
+            # A copy of a modular pipeline has the same blocks.
+            and all(wrapper.function != function for wrapper in wrappers(owner, name))
+        ]
+
     def _wrap(self, owner: Any, name: str, function: Function) -> None:
         if getattr(owner, name, None) is not None:
             self._undo.append(wrap_method(owner, name, function))
 
     @contextmanager
     def _listening(self, inner: Call, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        position = self._position
-        outer = position.context, position.told
-        position.context, position.told = name, kwargs.get("step_index")
+        context = self.context
+        outer = context.name, context.told
+        context.name, context.told = name, kwargs.get("step_index")
         try:
             with inner(name, *args, **kwargs):
                 yield
         finally:
-            position.context, position.told = outer
+            context.name, context.told = outer
 
     def _flushing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
-        self._flush()
+        for session in self._live:
+            session.flush()
         return inner(*args, **kwargs)
 
     def _refusing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
         raise LayerCacheError(
-            f"a plan is on this {type(self._transformer).__name__}, so that another cache would "
+            f"a plan is on this {type(self.transformer).__name__}, so that another cache would "
             "store what was predicted: remove the plan first"
         )
 
-    # -- the root of the transformer -----------------------------------------------------------
+    # -- calls of the transformer and of its blocks --------------------------------------------
 
     def _forward(self, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.is_grad_enabled():
-            self._warn("gradients are enabled, so the model is computed in full: use torch.no_grad")
+            self.warn("gradients are enabled, so the model is computed in full: use torch.no_grad")
             return inner(*args, **kwargs)
+        caller = calling_pipeline(self.transformer)
+        session = self._session_of(caller)
+        context = self.context
+        outer, context.session = context.session, session
         try:
-            step = self._locate()
-            if step is None:
+            if session is None:
                 return inner(*args, **kwargs)
-            return self._planned(step, inner, args, kwargs)
+            return session.forward(caller, inner, args, kwargs)
         except BaseException as error:
-            for group in self._groups:
-                group.cancel()
-            self._end()
-            if isinstance(error, UnsupportedModelError):
-                # The model is not what its adapter says.
-                self.remove()
+            if session is not None:
+                session.failed()
+                if isinstance(error, UnsupportedModelError):
+                    # The model is not what its adapter says.
+                    self.remove()
             raise
+        finally:
+            context.session = outer
 
-    def _planned(
-        self, step: int, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        branch = self._position.branch()
-        shapes = signature(args, kwargs)
-        if self._signatures.setdefault(branch, shapes) != shapes:
-            self._signatures[branch] = shapes
-            self._note("inputs changed shape, dtype or device within a run")
-            self._flush(branch)
-        record, clock, runner = self._record, self._clock, self._step_runner
-        record.held(self._held_bytes())
-        clock.follow(device_of(args, kwargs))
-        start = clock.mark()
-        if runner is not None:
-            answer = runner.answer(step, branch)
-            if answer is not None:
-                self._answered.add(branch)
-                record.count(STEP, branch, False, start, clock.mark())
-                return answer
-        self._computed.add(branch)
-        for group in self._groups:
-            group.begin(step, branch)
-        # The first forward shows whether the adapter is right.
-        with self._trace.watching() if self._trace is not None else nullcontext():
-            output = inner(*args, **kwargs)
-        self._trace = None
-        for group in self._groups:
-            computed = group.end()
-            if computed is not None:
-                record.count(group.name, branch, computed, *group.marks)
-        if runner is not None:
-            record.count(STEP, branch, True, start, clock.mark())
-            runner.computed(step, branch, output)
-        return output
+    def _session_of(self, caller: Any) -> Session | None:
+        main = self.main
+        if caller is None or caller is self._pipe:
+            self._check_parts()
+            return main
+        scheduler = caller.scheduler
+        if scheduler is main.scheduler:
+            return main
+        mark = vars(scheduler).get(self._mark)
+        if isinstance(mark, _Mark) and mark.session.run is self:
+            if mark.session.scheduler is scheduler:
+                return mark.session
+            # A shallow copy, whose step is that of the scheduler that it was copied from.
+            own_methods(scheduler)
+        mark = vars(caller).get(self._mark)
+        if isinstance(mark, _Mark) and mark.session.run is self:
+            return self._add(Session(self, caller))
+        self._others[type(caller).__name__] += 1
+        self.warn(
+            f"another pipeline, a {type(caller).__name__} with a scheduler of its own, uses this "
+            f"{type(self.transformer).__name__}: its runs are computed in full. A copy.copy of the "
+            "pipeline that the plan is on, made under the plan, runs the plan"
+        )
+        return None
 
-    def _locate(self) -> int | None:
-        """The plan's step of this call, or None where the plan does not apply."""
-        self._check_parts()
-        position = self._position
-        found = position.advance()
-        if found is None:
-            return None
-        begins, index = found
-        if begins:
-            self._begin_run()
-        step = index + position.offset
-        if not self._controlled or step >= self.plan.num_steps:
-            return None
-        if step != position.step:
-            self._begin_step(step)
-        return step
+    def _add(self, session: Session) -> Session:
+        self._sessions = [*(ref for ref in self._sessions if ref()), weakref.ref(session)]
+        session.install()
+        for owner in (session.pipe, session.scheduler):
+            vars(owner)[self._mark] = _Mark(session)
+        return session
+
+    @property
+    def _live(self) -> list[Session]:
+        return [session for ref in self._sessions if (session := ref()) is not None]
 
     def _check_parts(self) -> None:
         for what, now, then in (
-            ("scheduler", self._pipe.scheduler, self._scheduler),
-            (self._component, getattr(self._pipe, self._component, None), self._transformer),
+            ("scheduler", self._pipe.scheduler, self.main.scheduler),
+            (self.component, getattr(self._pipe, self.component, None), self.transformer),
         ):
             if now is not then:
                 raise ModelMismatchError(
@@ -244,142 +252,91 @@ class PlanRun:
                     "then apply it again"
                 )
 
-    def _begin_run(self) -> None:
-        self._flush()
+    def _handler(self, number: int, block: nn.Module, position: int) -> Handler:
+        context = self.context
+
+        def handle(inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            session = context.session
+            if session is None:
+                return inner(*args, **kwargs)
+            return session.groups[number].call(block, position, inner, args, kwargs)
+
+        return handle
+
+    # -- what sessions ask for -----------------------------------------------------------------
+
+    def begins(self, session: Session) -> None:
+        """A run begins: it is the one that is reported."""
+        self._latest = session
         for gate in self._gates:
             # A block that was compiled after the plan was put on has displaced its gate.
             gate.install()
-        for group in self._groups:
-            group.begin_run(self._blocks[group.name])
-        if self._step_runner is not None:
-            self._step_runner.begin_run()
-        self._signatures.clear()
-        self._loops.follow()
-        self._record = Record(self._record.runs + 1)
-        self._position.begin()
-        self._controlled = self._matches(sigmas_of(self._scheduler))
-        sigmas, steps = self._unclaimed
-        if sigmas is self._scheduler.sigmas:
-            self._record.steps_elsewhere |= steps
-        self._unclaimed = (None, set())
 
-    def _matches(self, sigmas: tuple[float, ...]) -> bool:
-        self._position.offset, what = compare_sigmas(self.plan.sigmas, sigmas)
-        if what is None:
-            return True
-        if self._on_mismatch == "error":
-            raise ModelMismatchError(
-                f"this run follows another noise schedule than the plan: {what}. Run with the "
-                "plan's step count, shift and resolution, compile a plan for this schedule, or "
-                'pass on_mismatch="compute" to compute such runs in full'
-            )
-        self._note(f"another noise schedule: {what}")
-        self._warn(f"this run is computed in full: {what}")
-        return False
+    def count(self) -> int:
+        """The number of the run that begins."""
+        self._runs += 1
+        return self._runs
 
-    def _begin_step(self, step: int) -> None:
-        before = self._position.step
-        if before >= 0:
-            self._finish_step(before)
-            if any(s not in self._record.steps_elsewhere for s in range(before + 1, step)):
-                # What is stored may belong to other steps than those that it was stored for: a
-                # scheduler that finds its own starting point tells it only after its first step.
-                self._note(f"the run jumped from step {before} to step {step}")
-                self._flush()
-        self._position.enter(step)
-        self._record.steps_seen.add(step)
-        self._answered.clear()
-        self._computed.clear()
+    def traced(self, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a forward; the first shows whether the adapter is right."""
+        if self._trace is not None:
+            with self._tracing:
+                trace, self._trace = self._trace, None
+                if trace is not None:
+                    with trace.watching():
+                        return inner(*args, **kwargs)
+        return inner(*args, **kwargs)
 
-    def _finish_step(self, step: int) -> None:
-        for group in self._groups:
-            group.finish_step(step)
-        if self._step_runner is not None:
-            self._step_runner.finish_step(step)
-
-    # -- the scheduler's step ------------------------------------------------------------------
-
-    def _guided(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        del sample
-        self._check_root()
-        position, record = self._position, self._record
-        called = position.under_way and bool(self._answered or self._computed)
-        position.stepped()
-        if not called:
-            self._stepped_elsewhere(index)
-            return velocity
-        result, step = velocity, position.step
-        if self._step_runner is not None:
-            record.velocity_bytes = velocity.nbytes
-            result = self._step_runner.guided(
-                step, velocity, frozenset(self._answered), frozenset(self._computed)
-            )
-        record.held(self._held_bytes())
-        self._finish_step(step)
-        self._answered.clear()
-        self._computed.clear()
-        record.stepped()
-        if step == self.plan.num_steps - 1:
-            self._warn_of_differences()
-        return result
-
-    def _stepped_elsewhere(self, index: int) -> None:
-        """Another model of the pipeline made this step: an expert's plan has nothing to do here."""
-        if not self._position.under_way:
-            sigmas, steps = self._unclaimed
-            if sigmas is not self._scheduler.sigmas:
-                steps = set()
-            self._unclaimed = (self._scheduler.sigmas, steps | {index})
-        elif self._controlled:
-            step = index + self._position.offset
-            self._record.steps_elsewhere.add(step)
-            self._finish_step(step)
-
-    def _check_root(self) -> None:
+    def check_root(self) -> None:
         """`torch.compile` of the whole transformer takes the place of the gate at its root."""
-        if vars(self._transformer).get("_compiled_call_impl") is self._root:
+        if vars(self.transformer).get("_compiled_call_impl") is self._root:
             return
-        if self.plan.groups and is_compiled(self._transformer):
+        if self.plan.groups and is_compiled(self.transformer):
             raise UnsupportedModelError(
-                f"the {type(self._transformer).__name__} was compiled as a whole while a plan was "
+                f"the {type(self.transformer).__name__} was compiled as a whole while a plan was "
                 "on it: compile its blocks instead, with "
                 "layercache.runtime.compile_blocks(transformer)"
             )
         self._root.install()
 
-    # -- bookkeeping ---------------------------------------------------------------------------
+    def warn(self, message: str) -> None:
+        """Warn, once, of what is the same but for numbers."""
+        kind = _kind(message)
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"LayerCache: {message}", stacklevel=2)
 
-    def _end(self) -> None:
-        """The run under way, if any, is over; what follows starts from nothing."""
-        self._position.end()
-        self._answered.clear()
-        self._computed.clear()
-        self._flush()
+    def said(self, messages: list[str]) -> None:
+        """These were warned of already."""
+        self._warned.update(_kind(message) for message in messages)
 
-    def _held_bytes(self) -> int:
-        held = sum(group.held_bytes for group in self._groups)
-        return held + (self._step_runner.held_bytes if self._step_runner is not None else 0)
+    def warn_of(self, report: RunReport) -> None:
+        """One warning of all that a run found otherwise than planned, and that is new."""
+        new = []
+        for text in report.warnings:
+            kind = _kind(text)
+            if kind not in self._warned:
+                self._warned.add(kind)
+                new.append(text)
+        if new:
+            text = "; ".join(new)
+            warnings.warn(
+                f"LayerCache: a run differed from its plan; report() tells how: {text}",
+                stacklevel=2,
+            )
 
-    def _flush(self, branch: Branch | None = None) -> None:
-        for group in self._groups:
-            group.flush(branch)
-        if self._step_runner is not None:
-            self._step_runner.flush(branch)
+    # -- for users -----------------------------------------------------------------------------
 
-    def _note(self, problem: str) -> None:
-        self._record.problems[problem] += 1
-
-    def _warn(self, message: str, detail: str = "") -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            text = f"{message}: {detail}" if detail else message
-            warnings.warn(f"LayerCache: {text}", stacklevel=2)
-
-    def _warn_of_differences(self) -> None:
-        report = self._record.report(self.plan, self._groups, self._step_runner, timed=False)
-        if report.warnings:
-            self._warn("a run differed from its plan; report() tells how", report.warnings[0])
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all tensors that the plan holds now."""
+        return sum(session.held_bytes for session in self._live)
 
     def report(self) -> RunReport:
         """What the latest run did, next to what the plan said."""
-        return self._record.report(self.plan, self._groups, self._step_runner)
+        return self._latest.report(self._others)
+
+
+def _kind(message: str) -> str:
+    """A message without its numbers: what differs in those alone is said once."""
+    return re.sub(r"[\d.]+", "0", message)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +35,9 @@ class Loop:
     """
 
     def __init__(self, bar: Any, on_end: Callable[[Loop], None]) -> None:
-        self._bar, self._on_end = bar, on_end
+        self._bar = bar
+        self.thread = threading.get_ident()
+        self.on_end = [on_end]
 
     def __enter__(self) -> Any:
         return self._bar.__enter__()
@@ -45,14 +48,14 @@ class Loop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> Any:
-        self._on_end(self)
+        self._ended()
         return self._bar.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[Any]:
         try:
             yield from self._bar
         finally:
-            self._on_end(self)
+            self._ended()
 
     def __len__(self) -> int:
         return len(self._bar)
@@ -60,36 +63,40 @@ class Loop:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bar, name)
 
+    def _ended(self) -> None:
+        while self.on_end:
+            self.on_end.pop()(self)
+
 
 class Loops:
-    """The denoising loops that a pipeline has open.
+    """The denoising loops that pipelines have open, so that what they leave behind is freed."""
 
-    Args:
-        on_open: Called when one is opened and none is followed, in which a run may go on.
-        on_end: Called when the loop that `follow` chose is left.
-    """
-
-    def __init__(self, on_open: Callable[[], None], on_end: Callable[[], None]) -> None:
-        self._on_open, self._on_end = on_open, on_end
+    def __init__(self) -> None:
         self._open: list[Loop] = []
-        self._followed: Loop | None = None
 
     def opened(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Loop:
         """In the place of a pipeline's `progress_bar`."""
-        loop = Loop(inner(*args, **kwargs), self._left)
+        loop = Loop(inner(*args, **kwargs), self._open.remove)
         self._open.append(loop)
-        if self._followed is None:
-            self._followed = loop
-            self._on_open()
         return loop
 
-    def follow(self) -> None:
-        """A run begins, in the loop that was opened last."""
-        self._followed = self._open[-1] if self._open else None
+    def innermost(self, on_end: Callable[[Loop], None]) -> Loop | None:
+        """The loop that this thread opened last, and whose end is to be told; None without one."""
+        for loop in reversed(self._open):
+            if loop.thread == threading.get_ident():
+                loop.on_end.append(on_end)
+                return loop
+        return None
 
-    def _left(self, loop: Loop) -> None:
-        if loop in self._open:
-            self._open.remove(loop)
-        if loop is self._followed:
-            self._followed = None
-            self._on_end()
+
+def loop_owners(pipe: Any) -> Iterator[Any]:
+    """What has the progress bars of a pipeline: itself, or the loop blocks of a modular one."""
+    # `pipe.blocks` of a modular pipeline is a copy.
+    waiting = [pipe, getattr(pipe, "_blocks", None)]
+    while waiting:
+        owner = waiting.pop()
+        if hasattr(owner, "progress_bar"):
+            yield owner
+        inside = getattr(owner, "sub_blocks", None)
+        if isinstance(inside, Mapping):
+            waiting += inside.values()

@@ -24,7 +24,7 @@ from layercache.models.adapters import (
     read_outputs,
     read_streams,
 )
-from layercache.runtime.gates import Call, Gate, Handler, splits_sequence
+from layercache.models.gates import Call, Gate, Handler, splits_sequence
 
 
 class Trace:

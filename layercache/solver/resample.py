@@ -96,6 +96,7 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
         stats,
         sigmas=new,
         loads=stats.loads[low + (share > 0.5).astype(int)],
+        segments=_renumbered(stats.segments[low + (share > 0.5).astype(int)]),
         velocities=velocities.astype(np.float32),
         latents=_latents_at(stats, new),
         deltas=deltas,
@@ -107,6 +108,12 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
             )
         ),
     )
+
+
+def _renumbered(segments: FloatArray) -> FloatArray:
+    """Segments that count up from 0 by one, where the new steps may have passed some over."""
+    found: FloatArray = np.cumsum(np.diff(segments, prepend=segments[:1]) != 0).astype(np.float64)
+    return found
 
 
 def _latents_at(stats: CalibrationStats, new: FloatArray) -> FloatArray:

@@ -85,6 +85,9 @@ class CalibrationStats:
             each step: a share of the fullest step, counted in elements of its inputs. Less than 1
             where calls are missing (guidance that sets in late, skipped layers), 0 at steps that
             another transformer makes. All 1 if not given.
+        segments: (T,) float64 whole numbers from 0: steps of one number follow one another and call
+            the transformer alike (as many calls, of the same shapes). Nothing is predicted across
+            a change, so the first step of each is computed. All 0 if not given.
         times_ms: (P, G+2) float64, milliseconds a full step of each group (all branches, the whole
             batch that the prompt was measured in), then of what a computed step spends outside the
             groups, then of what every step spends outside the transformer.
@@ -130,6 +133,7 @@ class CalibrationStats:
     amplification: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
     latents: FloatArray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     loads: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    segments: FloatArray = field(default_factory=lambda: np.zeros(0))
     component: str = "transformer"
     mode: str = "replay"
     probes: int = 0
@@ -138,9 +142,11 @@ class CalibrationStats:
         if self.amplification.size == 0:
             ones = np.ones(self.velocities.shape[:2])
             object.__setattr__(self, "amplification", ones)
+        steps = max(len(self.sigmas) - 1, 0)
         if self.loads.size == 0:
-            shape = (max(len(self.sigmas) - 1, 0), len(self.groups) + 1)
-            object.__setattr__(self, "loads", np.ones(shape))
+            object.__setattr__(self, "loads", np.ones((steps, len(self.groups) + 1)))
+        if self.segments.size == 0:
+            object.__setattr__(self, "segments", np.zeros(steps))
         if self.latents.size == 0:
             object.__setattr__(self, "latents", euler_latents(self.sigmas, self.velocities))
         check_stats(self)
@@ -182,6 +188,7 @@ class CalibrationStats:
             "component": self.component,
             "sigmas": tuple(float(sigma) for sigma in self.sigmas),
             "loads": tuple(float(load) for load in self.loads.ravel()),
+            "segments": tuple(float(segment) for segment in self.segments),
             "branches": self.branches,
             "numel": self.numel,
         }

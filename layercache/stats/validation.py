@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ARRAYS = (
     "sigmas",
     "loads",
+    "segments",
     "velocities",
     "latents",
     "deltas",
@@ -23,7 +24,7 @@ ARRAYS = (
     "amplification",
 )
 """The arrays of `CalibrationStats`."""
-SHARED = ("sigmas", "loads")
+SHARED = ("sigmas", "loads", "segments")
 """Those that all prompts share."""
 _MODES = ("replay", "residual")
 _MOST = 1e12
@@ -52,6 +53,7 @@ def check_stats(stats: CalibrationStats) -> None:
     lags = stats.deltas.shape[3] if stats.deltas.ndim == 5 else 0
     expected = {
         "loads": (steps, groups + 1),
+        "segments": (steps,),
         "velocities": (prompts, steps, size),
         "latents": (prompts, steps + 1, size),
         "deltas": (prompts, steps, groups, lags, size),
@@ -101,6 +103,8 @@ def check_stats(stats: CalibrationStats) -> None:
             raise StatsError(f"{name} is {getattr(stats, name).min():.3g}; it must be positive")
     if (stats.loads < 0).any() or (stats.loads > 1).any() or not (stats.loads == 1).any():
         raise StatsError("loads are shares of the fullest step: from 0 to 1, and 1 somewhere")
+    if stats.segments[0] != 0 or not np.isin(np.diff(stats.segments), (0, 1)).all():
+        raise StatsError("segments must count up from 0 by 0 or 1 a step")
     if len(stats.group_bytes) != groups:
         raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
     for name in ("group_bytes", "velocity_bytes", "output_bytes"):

@@ -97,8 +97,8 @@ def test_a_second_generation_starts_anew() -> None:
     first, second = work(3)
     solver = fit_nonstationary(pipe, first, collect_trajectories(pipe, [first]), (0, 2, 4))
     with torch.no_grad(), solver.attach(pipe):
-        from layercache.calibration.profile import run_pipeline
+        from layercache.models.pipelines import run_pipeline
 
-        run_pipeline(pipe, first)
-        shared = run_pipeline(pipe, second)
+        run_pipeline(pipe, first.arguments)
+        shared = run_pipeline(pipe, second.arguments)
     assert torch.equal(shared, run_once(pipe, solver, second)[0])

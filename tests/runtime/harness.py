@@ -144,7 +144,7 @@ def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) 
         "model": ModelFingerprint(**model_fingerprint(pipe.transformer)),
         "setting": {},
         "sigmas": sigmas_of(pipe.scheduler),
-        "branches": 2,
+        "branches": 2 if getattr(pipe, "guided", True) else 1,
         "units": tuple(units),
         "budget": Budget(fraction=0.5),
         "predicted": Predicted(

@@ -178,8 +178,17 @@ def quiet(pipe: Any, call: Call) -> tuple[Any, Call]:
 
 def plan_for(pipe: Any, call: Call, units: Any) -> Plan:
     """A plan on the noise levels that the pipeline really uses, which it may set by itself."""
+    calls = 0
+
+    def counting(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = pipe.transformer.register_forward_pre_hook(counting)
     call()
-    return make_plan(pipe, STEPS, units, sigmas=sigmas_of(pipe.scheduler))
+    handle.remove()
+    branches = max(1, round(calls / STEPS))
+    return make_plan(pipe, STEPS, units, sigmas=sigmas_of(pipe.scheduler), branches=branches)
 
 
 def planned(pipe: Any, call: Call, seed: int = 0) -> Plan:

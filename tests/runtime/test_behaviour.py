@@ -16,7 +16,7 @@ from layercache.errors import (
     UnsupportedModelError,
 )
 from layercache.runtime import apply_plan
-from layercache.runtime import run as run_module
+from layercache.runtime import session as session_module
 from layercache.runtime.arithmetic import signature
 from tests.models.zoo import build
 from tests.runtime.harness import LoopPipeline, group, make_plan, step, traces
@@ -33,7 +33,7 @@ def test_a_failed_installation_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -
     def broken(*_: Any) -> None:
         raise RuntimeError("no tap")
 
-    monkeypatch.setattr(run_module, "tap_step", broken)
+    monkeypatch.setattr(session_module, "tap_step", broken)
     with pytest.raises(RuntimeError, match="no tap"):
         apply_plan(pipe, make_plan(pipe, STEPS, MIXED))
     assert traces(pipe.transformer) == before
@@ -298,7 +298,7 @@ def test_cache_bytes_are_those_of_the_plan_and_all_are_freed(units: Any) -> None
         pipe(STEPS)
         report = run.report()
         assert report.cache_bytes_seen == report.cache_bytes_planned > 0
-        assert run._held_bytes() == 0
+        assert run.held_bytes == 0
         del report
     del run
     assert tensors() == count
@@ -321,7 +321,7 @@ def test_an_exception_frees_everything() -> None:
         with pytest.raises(KeyboardInterrupt):
             pipe(STEPS)
         handle.remove()
-        assert run._held_bytes() == 0
+        assert run.held_bytes == 0
         assert torch.equal(pipe(STEPS), expected)
 
 
@@ -332,7 +332,7 @@ def test_nothing_is_kept_under_grad_mode() -> None:
         with pytest.warns(UserWarning, match="gradients are enabled"):
             output = pipe.transformer(**inputs, return_dict=False)[0]
         output.sum().backward()
-        assert run._held_bytes() == 0
+        assert run.held_bytes == 0
     assert next(pipe.transformer.parameters()).grad is not None
 
 

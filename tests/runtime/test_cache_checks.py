@@ -17,9 +17,9 @@ from torch import Tensor
 
 from layercache.errors import LayerCacheError
 from layercache.models import model_fingerprint
+from layercache.models.gates import gate_of
 from layercache.plan import Plan
 from layercache.runtime import PlanRun, apply_plan
-from layercache.runtime.gates import gate_of
 from tests.models.zoo import BUILDERS, build
 from tests.runtime.harness import LoopPipeline, group, make_plan, step
 
@@ -150,7 +150,7 @@ def test_a_new_run_resets(name: str, make: Make) -> None:
     run: PlanRun = apply_plan(pipe, make(pipe))
     begin(pipe)
     advance(pipe, pipe.call(0.9, None, "cond"), 0)
-    assert run._held_bytes() > 0
+    assert run.held_bytes > 0
     if hasattr(transformer, "_reset_stateful_cache"):
         # diffusers calls this at the end of a pipeline's run; plans have no use for it.
         transformer._reset_stateful_cache()
@@ -158,5 +158,5 @@ def test_a_new_run_resets(name: str, make: Make) -> None:
     again = pipe.call(0.4, torch.ones(1), "cond")
     assert run.report().units[0].seen_computed == {"cond" if name in WITH_CONTEXTS else "call 0": 1}
     run.remove()
-    assert run._held_bytes() == 0
+    assert run.held_bytes == 0
     assert torch.equal(again, pipe.call(0.4, torch.ones(1), "cond"))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from layercache.models.gates import gate_of
 from layercache.models.patching import wrap_method
 from layercache.models.stepping import tap_step
 from layercache.runtime import apply_plan
-from layercache.runtime.gates import gate_of
 from tests.runtime.harness import LoopPipeline, make_plan
 from tests.runtime.mixed import MIXED, STEPS, pipeline
 

@@ -72,7 +72,7 @@ def test_three_calls_a_step_keep_apart() -> None:
         "skip_layer_guidance_stop": 1.0,
     }  # fmt: skip
     units = [group(BLOCKS, 0, 2, "##1#0"), group(BLOCKS, 2, 4, "#0##1")]
-    plan = plan_for(pipe, call, units)
+    plan = plan_for(pipe, lambda: call(**everywhere), units)
     uncached = call(**everywhere)
     with apply_plan(pipe, plan) as run:
         result = call(**everywhere)
@@ -81,7 +81,8 @@ def test_three_calls_a_step_keep_apart() -> None:
     assert not torch.equal(result, uncached)
     assert not torch.equal(result, call())
     # Exact where everything is computed, and with the step unit too.
-    with apply_plan(pipe, plan_for(pipe, call, [step("##1#0")])) as run:
+    whole = plan_for(pipe, lambda: call(**everywhere), [step("##1#0")])
+    with apply_plan(pipe, whole) as run:
         assert (call(**everywhere) - uncached).norm() < uncached.norm()
     assert run.report().warnings == ()
 
@@ -133,7 +134,7 @@ def test_two_experts_have_a_plan_each_over_the_steps_of_the_whole_run() -> None:
             assert report.warnings == (), order
             assert report.steps_seen == len(mine)
             assert report.steps_elsewhere == STEPS - len(mine)
-            assert run._held_bytes() == 0
+            assert run.held_bytes == 0
         assert first.report().units[0].seen_predicted == {"cond": 1, "uncond": 1}
         assert second.report().units[1].seen_predicted == {"cond": 1, "uncond": 1}
         (first if order == "high first" else second).remove()
@@ -151,7 +152,7 @@ def test_what_one_expert_stored_is_freed_although_the_other_takes_over() -> None
     with apply_plan(pipe, plan) as run:
 
         def note(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            held.append(run._held_bytes())
+            held.append(run.held_bytes)
             return kwargs
 
         call(callback_on_step_end=note)

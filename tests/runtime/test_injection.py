@@ -185,7 +185,8 @@ def test_another_strength_at_a_skipped_step_has_its_effect_once(name: str) -> No
         }
     model: Any = pipe.transformer
     lists = model_fingerprint(model)["block_lists"]
-    plan = make_plan(pipe, 2, [group(n, 0, count, "#0") for n, count in lists.items()])
+    units = [group(n, 0, count, "#0") for n, count in lists.items()]
+    plan = make_plan(pipe, 2, units, branches=1)
     tails: list[torch.Tensor] = []
     # What leaves the last list goes into the model's last norm.
     norm = model.norm_out

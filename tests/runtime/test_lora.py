@@ -105,7 +105,7 @@ def test_a_change_in_the_middle_of_a_run_drops_what_is_stored(name: str) -> None
             result = tapped(*args, **kwargs)
             if pipe.scheduler._step_index == 4:
                 CHANGES[name](pipe)
-                assert run._held_bytes() == 0
+                assert run.held_bytes == 0
             return result
 
         pipe.scheduler.step = changing
@@ -137,9 +137,9 @@ def test_a_change_of_the_ip_adapter_scale_drops_what_is_stored(
 
     def rescale(pipe: Any, index: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if index == 2:
-            assert run._held_bytes() > 0
+            assert run.held_bytes > 0
             pipe.set_ip_adapter_scale(0.5)
-            assert run._held_bytes() == 0
+            assert run.held_bytes == 0
         return kwargs
 
     with apply_plan(pipe, plan) as run, pytest.warns(UserWarning, match="differed"):

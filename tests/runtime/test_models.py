@@ -54,7 +54,7 @@ def test_exact_residuals_reproduce_the_output(name: str) -> None:
     units = []
     for list_name, count in block_lists(pipe).items():
         units += [group(list_name, 0, 1, "#0"), group(list_name, 1, count, "#0")]
-    plan = make_plan(pipe, 2, units)
+    plan = make_plan(pipe, 2, units, branches=1)
     with torch.no_grad():
         expected = pipe.call(0.7, None, "cond")
         with apply_plan(pipe, plan) as run:

@@ -231,7 +231,7 @@ def test_a_group_across_two_devices_ends_on_the_second() -> None:
         child.to("meta")
         add_hook_to_module(child, AlignDevicesHook(execution_device="meta"))
     pipe = LoopPipeline(model, inputs)
-    plan = make_plan(pipe, 3, [group(LIST, 0, 3, "##1")])
+    plan = make_plan(pipe, 3, [group(LIST, 0, 3, "##1")], branches=1)
     devices = []
     with torch.no_grad(), apply_plan(pipe, plan) as run:
         pipe.scheduler.set_timesteps(3)
@@ -239,7 +239,7 @@ def test_a_group_across_two_devices_ends_on_the_second() -> None:
         for t in pipe.scheduler.timesteps:
             output = model(**inputs, return_dict=False)[0]
             devices.append(output.device.type)
-            held = run._groups[0]._held.get((None, 0), {})
+            held = run.main.groups[0]._held.get((None, 0), {})
             stored = {
                 tensor.device.type for streams in held.values() for tensor in streams.values()
             }

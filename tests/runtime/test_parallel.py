@@ -19,8 +19,8 @@ from diffusers.hooks.context_parallel import funcol, remove_context_parallel
 from torch import distributed, multiprocessing
 
 from layercache.models import model_fingerprint
+from layercache.models.gates import gate_of
 from layercache.runtime import apply_plan, compile_blocks
-from layercache.runtime.gates import gate_of
 from tests.models.zoo import build
 from tests.runtime.harness import LoopPipeline, group, make_plan, step
 

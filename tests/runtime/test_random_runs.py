@@ -100,7 +100,7 @@ def check(
     call: dict[str, Any],
 ) -> None:
     result = perform(pipe, call)
-    assert run._held_bytes() == 0
+    assert run.held_bytes == 0
     fresh = pipeline(name, layers)
     with apply_plan(fresh, plan):
         expected = perform(fresh, call)

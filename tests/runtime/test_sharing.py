@@ -60,7 +60,7 @@ def test_another_pipeline_may_share_the_transformer(name: str) -> None:
         # A run that was broken off is over, for the other pipeline too.
         with pytest.raises(Stop):
             call_first(callback_on_step_end=stopping)
-        assert run._held_bytes() == 0
+        assert run.held_bytes == 0
         assert torch.equal(call_second(), uncached)
         assert torch.equal(call_first(), expected)
         handle = first.transformer.register_forward_pre_hook(_stop_at(3))
@@ -74,7 +74,7 @@ def test_another_pipeline_may_share_the_transformer(name: str) -> None:
             return kwargs
 
         call_first(callback_on_step_end=interrupting)
-        assert run._held_bytes() == 0
+        assert run.held_bytes == 0
         assert run.report().steps_seen == 2
         assert torch.equal(call_second(), uncached)
         assert torch.equal(call_first(), expected)

@@ -1,0 +1,316 @@
+"""One genuine run of a pipeline, recorded: outputs of the calls, velocities, latents, replays.
+
+The loop is untouched. At each transformer call the replays (group, lag) are computed on the spot
+from that call's own arguments, and their outputs are kept. What the pipeline makes of them is read
+later, when it runs again with its calls answered from what was kept (`reenact`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layercache.calibration.jobs import Jobs
+from layercache.calibration.kept import Kept, Key
+from layercache.calibration.replay import RecordedCall, ReplayableTransformer, Shape
+from layercache.calibration.scheduler import check_scheduler, run_sigmas
+from layercache.calibration.stage import At, Move, Stage
+from layercache.errors import StatsError
+from layercache.models.gates import Call
+from layercache.models.stepping import sigmas_of, step_index
+from layercache.models.tensors import tensor_bytes, tensors_in
+
+Performers = Mapping[str, ReplayableTransformer]
+"""The calibrated transformers, by component."""
+Tick = Callable[[], None]
+
+
+@dataclass
+class StepCalls:
+    """The transformer calls of one step: whose, of which shapes, and how much work each was."""
+
+    component: str = ""
+    outputs: list[Shape] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+    elements: list[tuple[int, ...]] = field(default_factory=list)
+    output_bytes: int = 0
+    group_bytes: tuple[int, ...] = ()
+
+
+@dataclass
+class Run:
+    """What a recorded run did.
+
+    Attributes:
+        kept: Outputs of its calls and of their replays.
+        sigmas: (T+1,) noise levels, falling to 0.
+        calls: (T,) the calls of each step.
+        velocities: (T,) the guided outputs, on the CPU.
+        latents: (T+1,) what the scheduler received at each step, and the last that it made.
+        live: Which elements of the latent the scheduler moves and the pipeline hands on; the others
+            are the pipeline's own (an inpainted background, a first frame).
+    """
+
+    kept: Kept
+    sigmas: tuple[float, ...] = ()
+    calls: list[StepCalls] = field(default_factory=list)
+    velocities: list[Tensor] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    live: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.velocities)
+
+    def require_whole(self) -> None:
+        """Raise `StatsError` unless the run took the steps that its schedule has."""
+        if self.steps != len(self.sigmas) - 1:
+            raise StatsError(
+                f"the pipeline took {self.steps} steps of a schedule of {len(self.sigmas) - 1}: "
+                "calibration needs a run that goes through its schedule once, to the end"
+            )
+
+    @property
+    def final(self) -> Tensor:
+        """The latent after the last step."""
+        return self.latents[-1]
+
+    @functools.cached_property
+    def mask(self) -> Tensor | float:
+        """1 where an element of the latent is the model's to move, 0 elsewhere."""
+        if self.live is None or not bool(self.live.any()):
+            return 1.0
+        return self.live.float()
+
+    def displacement(self, step: int) -> Tensor:
+        """What the sampler moved the live elements of the latent by."""
+        moved: Tensor = (self.latents[step + 1] - self.latents[step]).float() * self.mask
+        return moved
+
+    def velocity(self, step: int) -> Tensor:
+        """The guided output at the live elements, signed so that dz = v dsigma."""
+        found: Tensor = self.velocities[step].float() * (self.mask * self.sign)
+        return found
+
+    @functools.cached_property
+    def sign(self) -> float:
+        """-1 for a model whose output points the other way (LTX's and Mochi's pipelines negate)."""
+        along = sum(
+            float((self.displacement(step) * self.velocities[step].float()).sum())
+            * (self.sigmas[step + 1] - self.sigmas[step])
+            for step in range(self.steps)
+        )
+        return -1.0 if along < 0 else 1.0
+
+    def segments(self, component: str) -> NDArray[np.float64]:
+        """(T,) numbers of the stretches over which a component is called alike."""
+        shapes = [step.shapes if step.component == component else [] for step in self.calls]
+        changes = [0, *(a != b for a, b in itertools.pairwise(shapes))]
+        found: NDArray[np.float64] = np.cumsum(changes).astype(np.float64)
+        return found
+
+    def loads(self, component: str) -> NDArray[np.float64]:
+        """(T, G+1) the work of each step as a share of the fullest, by group and for the rest."""
+        width = max(len(e) for step in self.calls for e in step.elements if step.elements)
+        table = np.zeros((self.steps, width))
+        for index, step in enumerate(self.calls):
+            if step.component == component:
+                table[index] = np.sum(step.elements, axis=0)
+        result: NDArray[np.float64] = table / np.maximum(table.max(axis=0), 1)
+        return result
+
+
+class Recorder:
+    """Directs a run that is to be recorded.
+
+    Args:
+        stage: The pipeline.
+        performers: The calibrated transformers.
+        run: Gets what the run does.
+        prompts: How many prompts the batch has.
+        jobs: What is replayed at which step; None replays nothing.
+        lags_together: Most lags that are replayed as one batch.
+        computed: The transformer is computed at so many steps of each kind, and what it gave last
+            answers the calls of the others; None computes all.
+        on_step: Called with each step once it is recorded.
+    """
+
+    known = 0
+
+    def __init__(
+        self,
+        stage: Stage,
+        performers: Performers,
+        run: Run,
+        prompts: int,
+        *,
+        jobs: Jobs | None = None,
+        lags_together: int = 1,
+        computed: int | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.stage, self.performers, self.run, self.prompts = stage, performers, run, prompts
+        self.jobs, self.lags_together, self.computed = jobs, lags_together, computed
+        self.on_step = on_step
+        self.batched: bool | None = None
+        self._began: Any = None
+        self._returned: Any = None
+        self._made: Tensor | None = None
+        # Of calls of one kind, where what they gave is kept.
+        self._known: dict[tuple[Any, ...], list[Key]] = {}
+
+    # -- the transformer's calls ---------------------------------------------------------------
+
+    def called(self, at: At, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute, record and replay a call, or answer it with what an earlier one gave."""
+        if at.step == 0 and at.number == 0:
+            check_scheduler(self.stage.pipe.scheduler)
+            self.run.sigmas = run_sigmas(self.stage.pipe.scheduler)
+        if at.number == 0:
+            self.run.calls.append(StepCalls(component=at.component))
+        step = self.run.calls[-1]
+        if step.component != at.component:
+            raise StatsError(
+                f"both {step.component} and {at.component} are called at step {at.step}: only "
+                "pipelines whose experts take turns can be calibrated"
+            )
+        if self.computed is None:
+            output = self._performed(at, inner, args, kwargs)
+        else:
+            output = self._sampled(at, inner, args, kwargs)
+        step.outputs.append(tuple(tensor.shape for tensor in tensors_in(output)))
+        self.run.kept.put((at.step, at.number, None), output)
+        return output
+
+    def _performed(self, at: At, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        performer = self.performers.get(at.component)
+        if performer is None:
+            return inner(*args, **kwargs)
+        clock = performer.times.clock
+        if at.number == 0:
+            self._began = clock.mark()
+            if self._returned is not None:
+                performer.times.outside(self._returned, self._began)
+        call = performer.record(at.step, at.number, inner, args, kwargs)
+        started = clock.mark()
+        step = self.run.calls[-1]
+        step.shapes.append(call.shape)
+        step.elements.append(call.elements)
+        step.output_bytes += tensor_bytes(call.output)
+        if self.jobs is not None:
+            self._replay(self.jobs, performer, call)
+        self.recorded(call, performer)
+        performer.times.aside(started, clock.mark())
+        return call.output
+
+    def recorded(self, call: RecordedCall, performer: ReplayableTransformer) -> None:
+        """A call was recorded; for subclasses."""
+
+    def _replay(self, jobs: Jobs, performer: ReplayableTransformer, call: RecordedCall) -> None:
+        wanted = jobs.at(call.step)
+        for group in range(jobs.groups):
+            lags = performer.available(call, group, [lag for g, lag in wanted if g == group])
+            together = min(len(lags), self.lags_together)
+            if together > 1 and self.batched is None:
+                self.batched = performer.batches_repeat(call)
+            size = together if self.batched else 1
+            for start in range(0, len(lags), max(size, 1)):
+                chunk = lags[start : start + size]
+                for lag, output in zip(chunk, performer.replay(call, group, chunk), strict=True):
+                    self.run.kept.put((call.step, call.number, (group, lag)), output)
+
+    def _sampled(self, at: At, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = tensors_in([args, kwargs])
+        kind = (at.component, at.number, tuple((t.shape, t.dtype) for t in given))
+        seen = self._known.setdefault(kind, [])
+        if len(seen) < (self.computed or 0):
+            seen.append((at.step, at.number, None))
+            return self._performed(at, inner, args, kwargs)
+        return self.run.kept.get(seen[-1], given[0].device)
+
+    # -- the scheduler's steps -----------------------------------------------------------------
+
+    def stepped(self, step: int, velocity: Tensor, sample: Tensor, move: Move) -> Tensor:
+        """Note a step, and let the pipeline's own scheduler make it."""
+        run = self.run
+        if len(run.calls) != step + 1:
+            raise StatsError(
+                f"the scheduler made {step + 1} steps and the transformer was called at "
+                f"{len(run.calls)} of them: calibration needs a call at every step"
+            )
+        performer = self.performers.get(run.calls[-1].component)
+        if performer is not None and self._began is not None:
+            performer.times.outside(self._began, performer.times.clock.mark())
+        self._check(step, velocity, sample)
+        run.velocities.append(velocity.detach().to("cpu", copy=True))
+        self._compare(sample)
+        run.latents.append(sample.detach().to("cpu", copy=True))
+        drawn = torch.get_rng_state()
+        result = move(velocity, sample)
+        if not torch.equal(drawn, torch.get_rng_state()):
+            raise StatsError(
+                f"{type(self.stage.pipe.scheduler).__name__} drew noise at step {step}, so no two "
+                "runs can be compared: use a deterministic scheduler"
+            )
+        # Copies, since pipelines write into the tensors that they hand over.
+        self._made = result.detach().to("cpu", copy=True)
+        self._end_step(step, result, performer)
+        return result
+
+    def _check(self, step: int, velocity: Tensor, sample: Tensor) -> None:
+        if not torch.isfinite(velocity).all():
+            raise StatsError(
+                f"the model's output at step {step} holds NaN or infinity: the run overflowed; "
+                "calibrate in float32 or bfloat16"
+            )
+        if len(velocity) != self.prompts:
+            raise StatsError(
+                f"the scheduler got {len(velocity)} images for {self.prompts} prompts: leave "
+                "num_images_per_prompt at 1, and give prompts one by one, not as lists"
+            )
+        if velocity.shape != sample.shape:
+            raise StatsError(
+                f"the scheduler got a velocity of shape {tuple(velocity.shape)} for latents of "
+                f"shape {tuple(sample.shape)}: this pipeline's model predicts more than a velocity"
+            )
+
+    def _compare(self, sample: Tensor) -> None:
+        """Which elements the last step moved and the pipeline then left alone."""
+        run = self.run
+        if not run.latents:
+            run.live = torch.zeros(sample.shape, dtype=torch.bool)
+            return
+        assert run.live is not None and self._made is not None
+        before, made = run.latents[-1], self._made
+        run.live |= (sample.cpu() == made.to(sample.dtype)) & (made.to(before.dtype) != before)
+
+    def _end_step(self, step: int, result: Tensor, performer: ReplayableTransformer | None) -> None:
+        run, scheduler = self.run, self.stage.pipe.scheduler
+        if step == 0 and getattr(scheduler, "_step_index", None) is not None:
+            # Some image-to-image loops leave it to the scheduler to find where it starts.
+            run.sigmas = sigmas_of(scheduler)[step_index(scheduler) - 1 :]
+        last = len(run.sigmas) - 2
+        if step == last:
+            run.latents.append(result.detach().to("cpu", copy=True))
+        if performer is not None:
+            groups = range(len(performer.groups))
+            sizes = tuple(performer.residual_bytes(step, group) for group in groups)
+            run.calls[-1].group_bytes = sizes
+            self.on_step(step)
+            performer.times.end_step()
+            self._returned = performer.times.clock.mark()
+        else:
+            self.on_step(step)
+            self._returned = None
+        if step == last:
+            for each in self.performers.values():
+                each.clear()  # decoding needs the memory

@@ -1,0 +1,99 @@
+"""Which schedulers can be calibrated: found out on a copy, before the model runs.
+
+A copy of the scheduler steps through its whole schedule on a handful of numbers. That shows whether
+it draws noise, and whether its model output is a velocity: with one constant velocity v every
+solver of dz/dsigma = v, of whatever order, must arrive at z + (sigma_T - sigma_0) v.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layercache.errors import StatsError
+from layercache.models.stepping import moved_sample, sigmas_of, step_index
+
+_TOLERANCE = 1e-3
+_ADVICE = "use a deterministic flow-matching scheduler, such as FlowMatchEulerDiscreteScheduler"
+
+
+def run_sigmas(scheduler: Any) -> tuple[float, ...]:
+    """The noise levels from the step that the scheduler is at to the end."""
+    return sigmas_of(scheduler)[step_index(scheduler) :]
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler whose runs cannot be compared with one another, or with a plan.
+
+    Args:
+        scheduler: With the timesteps of a run set.
+
+    Raises:
+        StatsError: It draws noise, calls the model twice a step, or its model's output is no
+            velocity; the message names it.
+    """
+    name = type(scheduler).__name__
+    if not isinstance(getattr(scheduler, "sigmas", None), Tensor):
+        raise StatsError(f"{name} has no noise levels (`sigmas`): {_ADVICE}")
+    sigmas = sigmas_of(scheduler)
+    if len(scheduler.timesteps) > len(sigmas) - 1 or any(
+        a == b for a, b in itertools.pairwise(sigmas[:-1])
+    ):
+        raise StatsError(
+            f"{name} calls the model more than once a step (it repeats noise levels), which "
+            f"calibration does not support yet: {_ADVICE}"
+        )
+    if any(a <= b for a, b in itertools.pairwise(sigmas)) or abs(sigmas[-1]) > 1e-6:
+        raise StatsError(
+            f"the noise levels of {name} run {sigmas[0]:.4g}, {sigmas[1]:.4g}, ..., "
+            f"{sigmas[-1]:.4g}; they must fall strictly and end at 0: {_ADVICE}"
+        )
+    if abs(sigmas[0]) > 1.5:
+        raise StatsError(
+            f"{name} starts at a noise level of {sigmas[0]:.4g}, so its model is no flow-matching "
+            f"model, whose levels lie between 0 and 1: {_ADVICE}"
+        )
+    _try_out(copy.deepcopy(scheduler), name)
+
+
+def _try_out(scheduler: Any, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    velocity, start = torch.randn(2, 1, 4, 2, 2, generator=generator)
+    index = step_index(scheduler)
+    sigmas, sample = scheduler.sigmas.tolist(), start
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        try:
+            for timestep in scheduler.timesteps[index:]:
+                sample = moved_sample(scheduler.step(velocity, timestep, sample))
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
+            # It wants more than every pipeline gives; the recorded run shows what it does.
+            return
+        if not torch.equal(before, torch.get_rng_state()):
+            raise StatsError(
+                f"{name} draws noise at every step, so no two runs can be compared: {_ADVICE}"
+                f"{_setting(scheduler)}"
+            )
+    expected = start + (sigmas[-1] - sigmas[index]) * velocity
+    if not _near(sample, expected):
+        raise StatsError(
+            f"{name} takes the model's output for something other than a velocity "
+            f"(prediction_type is {scheduler.config.get('prediction_type', 'unknown')!r}), so "
+            f"skipped steps cannot be predicted: {_ADVICE}"
+        )
+
+
+def _setting(scheduler: Any) -> str:
+    return (
+        " with stochastic_sampling=False"
+        if getattr(scheduler, "config", {}).get("stochastic_sampling")
+        else ""
+    )
+
+
+def _near(sample: Tensor, expected: Tensor) -> bool:
+    return bool((sample - expected).abs().max() < _TOLERANCE)

@@ -1,0 +1,313 @@
+"""One scheduler's runs under a plan: which step a call belongs to, and what each unit does there.
+
+Decisions are made once per forward, at the root, from the plan alone. They never depend on data,
+so that processes of one parallel run agree without talking to each other.
+
+A pipeline has one session. A copy of it with a scheduler of its own (servers make one a request)
+has another, so that runs may be nested, interleaved or made by several threads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from layercache.errors import ModelMismatchError
+from layercache.models.adapters import blocks_of
+from layercache.models.calling import call_setting, latent_shape
+from layercache.models.fingerprint import setting_of
+from layercache.models.gates import Call
+from layercache.models.patching import own_methods
+from layercache.models.stepping import sigmas_of, tap_step
+from layercache.runtime.arithmetic import device_of, signature
+from layercache.runtime.groups import Branch, GroupRunner
+from layercache.runtime.position import Position, compare_sigmas
+from layercache.runtime.record import STEP, Record
+from layercache.runtime.report import RunReport
+from layercache.runtime.steps import StepRunner
+from layercache.runtime.surroundings import Loop
+from layercache.runtime.timing import Clock
+
+if TYPE_CHECKING:
+    from layercache.runtime.run import PlanRun
+
+OnMismatch = Literal["error", "compute"]
+_SIZES = frozenset({"height", "width", "num_frames"})
+
+
+class Session:
+    """The runs of one pipeline and scheduler. Made by `PlanRun`."""
+
+    def __init__(self, run: PlanRun, pipe: Any) -> None:
+        self.pipe, self.scheduler = pipe, pipe.scheduler
+        self.plan = run.plan
+        self.run = run
+        self._clock = Clock()
+        self._position = Position(self.scheduler, self.plan.sigmas)
+        self._record = Record()
+        unit = self.plan.step_unit
+        self._step_runner = (
+            StepRunner(self.plan.schedules[unit.name], self._note) if unit is not None else None
+        )
+        self.groups: list[GroupRunner] = []
+        self._blocks: dict[str, list[nn.Module]] = {}
+        for group in self.plan.groups:
+            declared = run.adapter.block_list(str(group.block_list))
+            span = (group.start or 0, group.stop or 0)
+            schedule = self.plan.schedules[group.name]
+            self.groups.append(
+                GroupRunner(group.name, declared, schedule, span, self._note, self._clock)
+            )
+            self._blocks[group.name] = blocks_of(run.transformer, declared)
+        self._undo: list[Callable[[], None]] = []
+        self._controlled = False
+        self._caller: Any = None
+        self._loop: Loop | None = None
+        self._signatures: dict[Branch, tuple[Any, ...]] = {}
+        self._answered: set[Branch] = set()
+        self._computed: set[Branch] = set()
+        # Steps that the scheduler made in a run in which this transformer was not called yet.
+        self._unclaimed: tuple[Any, set[int]] = (None, set())
+
+    def install(self) -> None:
+        """Follow the scheduler, and the progress bar around the pipeline's loop."""
+        # What a shallow copy took over acts on what it was copied from.
+        own_methods(self.pipe)
+        own_methods(self.scheduler)
+        self._undo.append(tap_step(self.scheduler, self._guided))
+        self._undo += self.run.watch(self.pipe)
+
+    def remove(self) -> None:
+        """Let go of both. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        self.end()
+        self._caller = None
+        self._signatures.clear()
+
+    def end(self) -> None:
+        """The run under way, if any, was left: nothing is kept for it."""
+        self._loop = None
+        self._answered.clear()
+        self._computed.clear()
+        self.flush()
+
+    # -- calls of the transformer --------------------------------------------------------------
+
+    def forward(
+        self, caller: Any, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of the transformer by `caller`, which is None where that is not known."""
+        step = self._locate(caller)
+        if step is None:
+            return inner(*args, **kwargs)
+        branch = self._position.branch(self.run.context.name)
+        shapes = signature(args, kwargs)
+        if self._signatures.setdefault(branch, shapes) != shapes:
+            self._signatures[branch] = shapes
+            self._note("inputs changed shape, dtype or device within a run")
+            self.flush(branch)
+        if self._loop is None:
+            self._loop = self.run.loops.innermost(self._left)
+        record, clock, runner = self._record, self._clock, self._step_runner
+        record.held(self.held_bytes)
+        clock.follow(device_of(args, kwargs))
+        start = clock.mark()
+        if runner is not None:
+            answer = runner.answer(step, branch)
+            if answer is not None:
+                self._answered.add(branch)
+                record.count(STEP, branch, False, start, clock.mark())
+                return answer
+        self._computed.add(branch)
+        for group in self.groups:
+            group.begin(step, branch)
+        output = self.run.traced(inner, args, kwargs)
+        for group in self.groups:
+            computed = group.end()
+            if computed is not None:
+                record.count(group.name, branch, computed, *group.marks)
+        if runner is not None:
+            record.count(STEP, branch, True, start, clock.mark())
+            runner.computed(step, branch, output)
+        return output
+
+    def failed(self) -> None:
+        """The call under way raised."""
+        for group in self.groups:
+            group.cancel()
+        self.end()
+
+    def _left(self, loop: Loop) -> None:
+        if loop is self._loop:
+            self.end()
+
+    def _locate(self, caller: Any) -> int | None:
+        """The plan's step of this call, or None where the plan does not apply."""
+        position = self._position
+        found = position.advance(self.run.context.told)
+        if found is None:
+            return None
+        begins, index = found
+        if begins:
+            self._begin_run(caller, index)
+        step = index + position.offset
+        # A run belongs to who began it.
+        if caller is not self._caller or not self._controlled or step >= self.plan.num_steps:
+            return None
+        if step != position.step:
+            self._begin_step(step)
+        return step
+
+    def _begin_run(self, caller: Any, index: int) -> None:
+        self.end()
+        self.run.begins(self)
+        for group in self.groups:
+            group.begin_run(self._blocks[group.name])
+        if self._step_runner is not None:
+            self._step_runner.begin_run()
+        self._signatures.clear()
+        self._controlled = False
+        first = self._record.runs == 0 and self is not self.run.main
+        self._record = Record(self.run.count())
+        self._position.begin()
+        self._caller = caller
+        sigmas, steps = self._unclaimed
+        if first:
+            # Before its first call of this transformer nobody watched a copy's scheduler.
+            steps = set(range(getattr(self.scheduler, "begin_index", None) or 0, index))
+        if first or sigmas is self.scheduler.sigmas:
+            self._record.steps_elsewhere |= steps
+        self._unclaimed = (None, set())
+        self._controlled = self._matches(sigmas_of(self.scheduler))
+        self._compare_setting(caller)
+
+    def _matches(self, sigmas: tuple[float, ...]) -> bool:
+        self._position.offset, what = compare_sigmas(self.plan.sigmas, sigmas)
+        if what is None:
+            return True
+        if self.run.on_mismatch == "error":
+            raise ModelMismatchError(
+                f"this run follows another noise schedule than the plan: {what}. Run with the "
+                "plan's step count, shift and resolution, compile a plan for this schedule, or "
+                'pass on_mismatch="compute" to compute such runs in full'
+            )
+        self._note(f"another noise schedule: {what}")
+        self.run.warn(f"this run is computed in full: {what}")
+        return False
+
+    def _compare_setting(self, caller: Any) -> None:
+        """Note what this run's pipeline, scheduler and arguments have otherwise than the plan."""
+        held = getattr(caller, self.run.component, None) is self.run.transformer
+        pipe = caller if held else self.pipe
+        setting = self.plan.setting
+        here = {**setting_of(pipe, component=self.run.component), **call_setting(pipe)}
+        # The shape of the latents says what the arguments were, however they were rounded.
+        left_out = _SIZES if "latent_shape" in setting else frozenset()
+        for text in differences(setting, here, left_out):
+            self._note(text)
+
+    def _begin_step(self, step: int) -> None:
+        before = self._position.step
+        if before >= 0:
+            self._finish_step(before)
+            if any(s not in self._record.steps_elsewhere for s in range(before + 1, step)):
+                # What is stored may belong to other steps than those that it was stored for: a
+                # scheduler that finds its own starting point tells it only after its first step.
+                self._note(f"the run jumped from step {before} to step {step}")
+                self.flush()
+        self._position.enter(step)
+        self._record.steps_seen.add(step)
+        self._answered.clear()
+        self._computed.clear()
+
+    def _finish_step(self, step: int) -> None:
+        for group in self.groups:
+            group.finish_step(step)
+        if self._step_runner is not None:
+            self._step_runner.finish_step(step)
+
+    # -- the scheduler's step ------------------------------------------------------------------
+
+    def _guided(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        self.run.check_root()
+        position, record = self._position, self._record
+        called = position.under_way and bool(self._answered or self._computed)
+        position.stepped()
+        if not called:
+            self._stepped_elsewhere(index)
+            return velocity
+        result, step = velocity, position.step
+        record.calls[step] = len(self._answered | self._computed)
+        if len(record.calls) == 1:
+            self._compare_shape(sample)
+        if self._step_runner is not None:
+            record.velocity_bytes = velocity.nbytes
+            result = self._step_runner.guided(
+                step, velocity, frozenset(self._answered), frozenset(self._computed)
+            )
+        record.held(self.held_bytes)
+        self._finish_step(step)
+        self._answered.clear()
+        self._computed.clear()
+        record.stepped()
+        self._warn_at_end(step)
+        return result
+
+    def _compare_shape(self, sample: Tensor) -> None:
+        planned, here = self.plan.setting.get("latent_shape"), latent_shape(sample)
+        if planned is not None and list(planned) != here:
+            self._note(f"the latents of an image are {planned} in the plan and {here} here")
+
+    def _stepped_elsewhere(self, index: int) -> None:
+        """Another model of the pipeline made this step: an expert's plan has nothing to do here."""
+        if not self._position.under_way:
+            sigmas, steps = self._unclaimed
+            if sigmas is not self.scheduler.sigmas:
+                steps = set()
+            self._unclaimed = (self.scheduler.sigmas, steps | {index})
+        elif self._controlled:
+            step = index + self._position.offset
+            self._record.steps_elsewhere.add(step)
+            self._finish_step(step)
+            self._warn_at_end(step)
+
+    # -- bookkeeping ---------------------------------------------------------------------------
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all tensors held now."""
+        held = sum(group.held_bytes for group in self.groups)
+        return held + (self._step_runner.held_bytes if self._step_runner is not None else 0)
+
+    def flush(self, branch: Branch | None = None) -> None:
+        """Drop what is held, of one branch or of all."""
+        for group in self.groups:
+            group.flush(branch)
+        if self._step_runner is not None:
+            self._step_runner.flush(branch)
+
+    def _note(self, problem: str) -> None:
+        self._record.problems[problem] += 1
+
+    def _warn_at_end(self, step: int) -> None:
+        if step == self.plan.num_steps - 1:
+            self.run.warn_of(self.report(Counter(), timed=False))
+
+    def report(self, others: Counter[str], timed: bool = True) -> RunReport:
+        """What the latest run did; `others` are calls by other pipelines, by class."""
+        return self._record.report(self.plan, self.groups, self._step_runner, others, timed)
+
+
+def differences(
+    planned: dict[str, Any], here: dict[str, Any], left_out: frozenset[str] = frozenset()
+) -> list[str]:
+    """What both settings know and have otherwise, in words."""
+    return [
+        f"{name} is {planned[name]!r} in the plan and {value!r} here"
+        for name, value in here.items()
+        if name in planned and name not in left_out and planned[name] != value
+    ]
