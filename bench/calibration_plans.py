@@ -52,7 +52,7 @@ class Bench:
 
     def stats(self, name: str, count: int, **options: Any) -> CalibrationStats:
         """Statistics of the first calibration prompts, kept in a folder of that name."""
-        return calibrate(
+        found: CalibrationStats = calibrate(
             self.pipe,
             prompts("calibration", count),
             num_inference_steps=self.steps,
@@ -62,6 +62,7 @@ class Bench:
             progress=self.progress,
             **options,
         )
+        return found
 
     def work(self, split: Any, count: int, seed: int) -> list[Batch]:
         call = self.setting | {"num_inference_steps": self.steps}

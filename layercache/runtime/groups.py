@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layercache.errors import UnsupportedModelError
+from layercache.models._foreign import changes_of
 from layercache.models.adapters import (
     BlockList,
     check_shapes,
@@ -211,11 +212,11 @@ class GroupRunner:
         elif not self._continues(streams):
             self._close_segment()
             self._segment = streams
-        versions = {name: _version(tensor) for name, tensor in streams.items()}
+        versions = {name: changes_of(tensor) for name, tensor in streams.items()}
         output = inner(*args, **kwargs)
         self._last = read_outputs(self._block_list, output)
         self._check(block, streams, versions)
-        self._versions = {name: _version(tensor) for name, tensor in self._last.items()}
+        self._versions = {name: changes_of(tensor) for name, tensor in self._last.items()}
         if self._block_list.in_place or None in self._versions.values():
             self._close_segment()
         return output
@@ -224,7 +225,7 @@ class GroupRunner:
         """Whether a block's inputs are the outputs of the block before, unchanged."""
         for name, tensor in self._last.items():
             given = streams.get(name)
-            if given is tensor and _version(given) != self._versions[name]:
+            if given is tensor and changes_of(given) != self._versions[name]:
                 raise UnsupportedModelError(
                     f"something wrote into the output {name!r} of a block of "
                     f"{self._block_list.name!r} before the next block ran: declare the list with "
@@ -237,7 +238,7 @@ class GroupRunner:
     def _check(self, block: nn.Module, streams: Streams, versions: dict[str, int | None]) -> None:
         check_shapes(block, streams, self._last)
         for name, version in versions.items():
-            if _version(streams[name]) != version:
+            if changes_of(streams[name]) != version:
                 raise UnsupportedModelError(
                     f"{type(block).__name__} writes into its own input {name!r}, so the group's "
                     "residual cannot be measured: such a model is not supported"
@@ -285,8 +286,3 @@ class GroupRunner:
             return
         for streams in self._held.pop(branch, {}).values():
             self.held_bytes -= sum(tensor.nbytes for tensor in streams.values())
-
-
-def _version(tensor: Tensor) -> int | None:
-    # Tensors made under inference_mode do not count their changes.
-    return None if tensor.is_inference() else tensor._version
