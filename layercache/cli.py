@@ -32,6 +32,7 @@ from layercache.cli_options import (
     remove_parts,
 )
 from layercache.cli_running import bench, evaluate, refine
+from layercache.options import PREDICTORS, SOLVERS
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats, merge_all
 
@@ -179,7 +180,7 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     required=True,
     help='A speedup such as "1.37x", or a share of the compute such as 0.73.',
 )
-@click.option("--solver", default="dp", show_default=True)
+@click.option("--solver", type=click.Choice(SOLVERS), default="search", show_default=True)
 @click.option(
     "--units",
     default="step,groups",
@@ -187,13 +188,12 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     help="What may be cached: step, groups, or both with a comma.",
 )
 @click.option(
-    "--gains",
-    type=click.Choice(["multistep", "trajectory", "cell", "unit", "none"]),
-    default="multistep",
-    show_default=True,
+    "--predictor", type=click.Choice(PREDICTORS), default="fitted", show_default=True
 )
-@click.option("--power", type=float, default=1.0, show_default=True, help="Above 1: avoid peaks.")
 @click.option("--max-cache-bytes", type=click.IntRange(min=0), help="Limit for one image.")
+@click.option("--max-gap", type=click.IntRange(min=0), help="Most steps from a cached cell back.")
+@click.option("--forced", default="", help="Steps that are computed, with commas.")
+@click.option("--sigmas", default="", help="T+1 noise levels to compile for, with commas.")
 @click.option("--out", type=PATH, default=Path("plan.json"), show_default=True)
 @json_option
 def compile_command(
@@ -201,9 +201,11 @@ def compile_command(
     budget: Budget,
     solver: str,
     units: str,
-    gains: str,
-    power: float,
+    predictor: str,
     max_cache_bytes: int | None,
+    max_gap: int | None,
+    forced: str,
+    sigmas: str,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -214,12 +216,18 @@ def compile_command(
         CalibrationStats.load(stats_file),
         budget,
         solver=solver,
-        units=tuple(unit.strip() for unit in units.split(",") if unit.strip()),
-        gains=gains,
-        power=power,
+        units=_listed(units),
+        predictor=predictor,
         max_cache_bytes=max_cache_bytes,
+        max_gap=max_gap,
+        forced=[float(step) for step in _listed(forced)],
+        sigmas=[float(sigma) for sigma in _listed(sigmas)] or None,
     )
     hand_out(plan, out, as_json)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @main.command()

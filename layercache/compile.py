@@ -1,64 +1,62 @@
-"""`compile_plan`: where statistics, solvers and plans meet.
+"""`compile_plan`: from statistics to a plan, straight through.
 
-Statistics are priced, a solver proposes schedules, gains are fitted to each, and the schedule whose
-final error is predicted to be least on prompts left out of the fit becomes the plan. If it skips
-whole steps only, multistep rows take the place of its gains. Every plan is then recomputed from the
-statistics by `solver.verify`, which shares no code with the solvers.
+    price(stats)  ->  propose (solver)  ->  fit taps and score  ->  search  ->  Plan.of  ->  verify
+
+Prices are separable, and solvers propose schedules on them (`prediction.prices`, `solver`). The error
+model fits taps and scores schedules (`prediction.error`); the search makes that score small
+(`prediction.search`). The plan states what the error model foretells, and `verify` computes every
+figure of it again from the statistics.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from pydantic import ValidationError
 
+from layercache.costs import STEP, cache_bytes, cell_ms, full_ms, speedup_of
 from layercache.errors import BudgetError, LayerCacheError, StatsError
-from layercache.figures import budget_ms, check_figures, held_bytes, step_ms
-from layercache.options import HISTORY, Options
-from layercache.plan import (
-    IDLE,
-    MAX_SPAN,
-    REFRESH,
-    SPANS,
-    Budget,
-    Certificate,
-    ModelFingerprint,
-    Plan,
-    Predicted,
-    UnitPlan,
+from layercache.options import Options
+from layercache.plan import COMPUTED, IDLE, SPANS, Budget, Certificate, Plan, UnitPlan
+from layercache.prediction import (
+    DEPTH,
+    STEP_LAGS,
+    ErrorModel,
+    Fit,
+    Search,
+    Table,
+    predicted_psnr,
+    price,
+    resample,
+    uncacheable,
 )
 from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
-from layercache.solver.gains import GainFit, predicted_psnr, trajectory_error
-from layercache.solver.multistep import Multistep, depth_for
-from layercache.solver.multistep_search import MOST_LOSS_DB, MultistepSearch
-from layercache.solver.polish import StepPolish
-from layercache.solver.pricing import STEP_NAME, price_units
 from layercache.solver.problem import BoolArray
-from layercache.solver.resample import resample
-from layercache.solver.select import best_candidate
-from layercache.solver.solution import UnitSchedule, build_solution
-from layercache.solver.verify import Rules
-from layercache.stats import CalibrationStats, FloatArray
-from layercache.taps import psnr_loss, taps_of, with_multistep
+from layercache.stats import CalibrationStats
+from layercache.verify import verify
+
+Progress = Callable[[int, int], None]
+NEAR = 0.1
+"""Schedules whose quick scores are so close (1 dB) are fitted in full, and the best is taken."""
 
 
 def compile_plan(
     stats: CalibrationStats,
     budget: Budget | float | str,
     *,
-    solver: str = "dp",
+    solver: str = "search",
     units: Sequence[str] = ("step", "groups"),
-    gains: str = "multistep",
-    power: float = 1.0,
+    predictor: str = "fitted",
     max_cache_bytes: int | None = None,
-    history: int = HISTORY,
     max_gap: int | None = None,
     forced: Sequence[int] = (),
     sigmas: Sequence[float] | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """The plan that keeps the most quality within a budget. Needs no GPU and no torch.
 
@@ -67,329 +65,339 @@ def compile_plan(
         budget: `Budget(speedup=1.37)`, `Budget(fraction=0.73)`, `"1.37x"` or `0.73`. A fraction is
             a share of the transformer's measured time; a speedup is that of the whole generation,
             with what each step spends outside the transformer.
-        solver: `"dp"`; `"greedy"` for the published allocator; `"milp"` for the slow reference.
+        solver: `"search"` makes the predicted error small; `"dp"` the sum of separable prices, with
+            a proven bound; `"greedy"` is the published allocator; `"milp"` the slow reference.
         units: What may be cached: whole steps (`"step"`), groups of blocks (`"groups"`), or both.
-        gains: `"multistep"` makes the steps between two computed ones one step of a fitted linear
-            multistep method, where no group is cached, and is `"trajectory"` elsewhere;
-            `"trajectory"` fits all predictions of a plan at once, `"cell"` each by itself, `"unit"`
-            is the published predictor, `"none"` reuses without predicting.
-        power: Prices of cells are raised to it; above 1 it suppresses peaks.
+        predictor: `"fitted"` taps; `"published"`, the one tap that the noise levels give; `"reuse"`
+            of the last computed value.
         max_cache_bytes: Limit on stored tensors for one image.
-        history: How many refreshes before the anchor may serve as a base, 0 to 3. With 0 nothing
-            is predicted; multistep coefficients reach up to four back with any other.
-        max_gap: Most steps between a cell and its anchor.
+        max_gap: Most steps between a cached cell and its anchor.
         forced: Steps at which everything is computed, besides the first.
         sigmas: Compile for this schedule of T+1 noise levels (another number of steps, another
             shift) by interpolating the statistics; the plan's provenance says so.
+        progress: Called with how many of how many levels are searched.
 
     Raises:
         BudgetError: The budget cannot be met; the message gives the tightest one that can.
         PlanError: The budget cannot be read.
         StatsError: The statistics cannot be interpolated to `sigmas`.
-        LayerCacheError: An option is unknown or not of its type, or `power` takes prices out of the
-            range of floating-point numbers.
+        OptionError: An option is unknown or not of its type.
 
     Example:
         >>> plan = compile_plan(stats, "2x")  # doctest: +SKIP
         >>> plan.predicted.speedup >= 2  # doctest: +SKIP
         True
 
-    The published method (arXiv 2604.16492) is `solver="greedy", units=("groups",), gains="unit"`.
+    The published method (arXiv 2604.16492) is `solver="greedy", units=("groups",),
+    predictor="published"`.
     """
     options = Options(
         solver=solver,
         units=units,
-        gains=gains,
-        power=power,
+        predictor=predictor,
         max_cache_bytes=max_cache_bytes,
-        history=history,
         max_gap=max_gap,
         forced=forced,
         sigmas=sigmas,
     )
-    return _compile(stats, [Budget.parse(budget)], options)[0]
+    return pareto(stats, [budget], options, progress=progress)[0]
 
 
 def pareto(
     stats: CalibrationStats,
     budgets: Sequence[Budget | float | str],
     options: Options | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> list[Plan]:
     """One plan a budget, the work that does not depend on the budget done once.
 
     Raises:
         BudgetError: One of the budgets cannot be met; the message names it.
     """
-    return _compile(stats, [Budget.parse(budget) for budget in budgets], options or Options())
+    compiler = _Compiler(stats, options or Options(), progress or (lambda level, levels: None))
+    return [compiler.plan(Budget.parse(budget)) for budget in budgets]
 
 
-def _compile(stats: CalibrationStats, budgets: list[Budget], options: Options) -> list[Plan]:
-    if not budgets:
-        return []
-    if step_ms(stats) <= 0:
-        raise StatsError(
-            "times_ms gives the transformer 0 ms a step, of which no budget can be a share: "
-            "calibrate again with a clock that sees its time"
-        )
-    measured_steps = stats.num_steps
-    if options.sigmas is not None:
-        stats = resample(stats, np.array(options.sigmas))
-    problem = _problem(stats, options)
-    programme = DynamicProgramme(problem) if options.solver == "dp" else None
-    skips = "step" in options.units and options.history > 0
-    polish = (
-        StepPolish(stats, forced=problem.forced, max_gap=problem.max_gap)
-        if skips and options.schedule_gains == "trajectory"
-        else None
-    )
-    rows = Multistep(stats) if options.gains == "multistep" and skips else None
-    plans = []
-    for budget in budgets:
-        limit = budget_ms(stats, budget)
-        try:
-            if programme is not None:
-                count = None if options.schedule_gains == "trajectory" else 1
-                candidates = programme.candidates(limit, count)
-                if polish is not None:
-                    candidates += _polished(problem.with_budget(limit), candidates, polish)
-            else:
-                candidates = [SOLVERS[options.solver](problem.with_budget(limit))]
-        except InfeasibleBudgetError as error:
-            raise _infeasible(stats, budget, error) from error
-        try:
-            plan = _best_plan(stats, budget, options, candidates, measured_steps, rows)
-            if rows is not None and programme is not None and (depth := taps_of(plan)):
-                search = MultistepSearch(
-                    rows, depth, forced=problem.forced, max_gap=problem.max_gap
-                )
-                run = search.better(np.array(plan.run_steps))
-                within = problem.with_budget(limit)
-                others = [] if run is None else _whole_steps(within, run, candidates[0])
-                if others:
-                    other = _best_plan(stats, budget, options, others, measured_steps, rows)
-                    keeps = taps_of(other) >= depth and psnr_loss(plan, other) <= MOST_LOSS_DB
-                    plan = other if keeps else plan
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """A fitted schedule with what is known of it."""
+
+    fit: Fit
+    certificate: Certificate
+
+
+class _Compiler:
+    """Statistics, options, and what all budgets share."""
+
+    def __init__(self, stats: CalibrationStats, options: Options, progress: Progress) -> None:
+        if full_ms(stats) <= 0:
             raise StatsError(
-                f"the statistics make no plan ({place + ': ' if place else ''}{first['msg']}): "
-                "their model or groups are malformed; calibrate again"
-            ) from error
-        check_figures(stats, plan, _rules(options, limit))
-        plans.append(plan)
-    return plans
+                "times_ms gives the transformer 0 ms a step, of which no budget can be a share: "
+                "calibrate again with a clock that sees its time"
+            )
+        self.measured = stats
+        if options.sigmas is not None:
+            stats = resample(stats, np.array(options.sigmas))
+        options.check_steps(stats.num_steps)
+        self.stats, self.options, self.progress = stats, options, progress
+        self.forced = uncacheable(stats) | frozenset(options.forced)
+        self._models: dict[int, ErrorModel] = {}
 
+    def plan(self, budget: Budget) -> Plan:
+        """The plan for one budget, verified."""
+        limit = budget.limit_ms(self.stats)
+        try:
+            choices = list(
+                self._searched(limit) if self.options.solver == "search" else self._solved(limit)
+            )
+        except InfeasibleBudgetError as error:
+            raise self._infeasible(budget, error) from error
+        plans = []
+        for choice in choices:
+            try:
+                plans.append(self._plan(budget, choice))
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise StatsError(
+                    f"the statistics make no plan ({place + ': ' if place else ''}{first['msg']}): "
+                    "their model or groups are malformed; calibrate again"
+                ) from error
+        verify(self.measured, plans[0])
+        return plans[0]
 
-def _polished(
-    problem: ScheduleProblem, candidates: Sequence[ScheduleSolution], polish: StepPolish
-) -> list[ScheduleSolution]:
-    """The candidate that skips the fewest steps and caches no group, improved by `StepPolish`."""
-    whole = [
-        candidate
-        for candidate in candidates
-        if all(unit.name == STEP_NAME or not unit.cached.any() for unit in candidate.units)
-    ]
-    if not whole:
-        return []
-    start = max(whole, key=lambda candidate: candidate.cost_ms)
-    step = next(unit for unit in start.units if unit.name == STEP_NAME)
-    return _whole_steps(problem, polish.search(step.refresh), start)
+    # -- solvers ------------------------------------------------------------------------------
 
+    @cached_property
+    def _programme(self) -> DynamicProgramme:
+        return DynamicProgramme(self._problem(tuple(self.options.units)))
 
-def _whole_steps(
-    problem: ScheduleProblem, run: BoolArray, like: ScheduleSolution
-) -> list[ScheduleSolution]:
-    """The schedule that computes everything at `run`, with another's bound, if it is allowed."""
-    found = build_solution(
-        problem,
-        [run] * len(problem.units),
-        [problem.history] * len(problem.units),
-        solver=like.solver,
-        lower_bound=like.lower_bound,
-    )
-    limit = problem.max_cache_bytes
-    fits = limit is None or found.cache_bytes <= limit
-    return [found] if fits and np.isfinite(found.objective) else []
+    def _problem(self, units: Sequence[str]) -> ScheduleProblem:
+        stats, options = self.stats, self.options
+        rest = float(cell_ms(stats)[:, -1].sum())
+        return ScheduleProblem(
+            units=price(stats, units, options.predictor),
+            budget_ms=0.0,
+            fixed_ms=0.0 if "step" in units else rest,
+            history=0 if options.predictor == "reuse" else 1,
+            max_gap=options.max_gap,
+            forced=self.forced,
+            max_cache_bytes=options.max_cache_bytes,
+        )
 
-
-def _best_plan(
-    stats: CalibrationStats,
-    budget: Budget,
-    options: Options,
-    candidates: Sequence[ScheduleSolution],
-    measured_steps: int,
-    rows: Multistep | None,
-) -> Plan:
-    limit = options.max_cache_bytes
-    solution, fit = best_candidate(stats, candidates, options.schedule_gains)
-    plan = _plan(stats, budget, options, solution, fit, measured_steps)
-    if limit is not None and plan.predicted.cache_bytes > limit:
-        # Corrections keep one more output alive, which the solver did not count.
-        solution, fit = best_candidate(stats, candidates, options.schedule_gains, corrections=False)
-        plan = _plan(stats, budget, options, solution, fit, measured_steps)
-    return plan if rows is None else with_multistep(stats, rows, plan, limit)
-
-
-def _problem(stats: CalibrationStats, options: Options) -> ScheduleProblem:
-    priced = price_units(stats, options.units, _cell_gains(options))
-    return ScheduleProblem(
-        sigmas=stats.sigmas,
-        units=tuple(unit.costs for unit in priced),
-        budget_ms=0.0,
-        fixed_ms=0.0 if "step" in options.units else stats.num_steps * stats.rest_ms,
-        history=_history(options),
-        max_gap=options.max_gap,
-        forced=frozenset(options.forced),
-        power=options.power,
-        max_cache_bytes=options.max_cache_bytes,
-    )
-
-
-def _rules(options: Options, limit_ms: float) -> Rules:
-    return Rules(
-        budget_ms=limit_ms,
-        history=_history(options),
-        gains=_cell_gains(options),
-        power=options.power,
-        max_gap=options.max_gap,
-        forced=frozenset(options.forced),
-        max_cache_bytes=options.max_cache_bytes,
-        depth=depth_for(_history(options)),
-    )
-
-
-def _cell_gains(options: Options) -> str:
-    """The gains that cells are priced with, before any trajectory is known."""
-    return "cell" if options.schedule_gains == "trajectory" else options.gains
-
-
-def _history(options: Options) -> int:
-    return 0 if options.gains == "none" else options.history
-
-
-def _infeasible(
-    stats: CalibrationStats, budget: Budget, error: InfeasibleBudgetError
-) -> BudgetError:
-    if not np.isfinite(error.smallest_ms):
-        return BudgetError(f"a budget of {budget} cannot be met: {error}")
-    full = stats.num_steps * step_ms(stats)
-    overhead = stats.num_steps * stats.overhead_ms
-    # Rounded to the side on which the budget is met; full compute may come out a bit above `full`.
-    share = min(math.ceil(error.smallest_ms / full * 1e4) / 1e4, 1.0)
-    speedup = math.floor((full + overhead) / (error.smallest_ms + overhead) * 1e3) / 1e3
-    speedup = max(speedup, 1.0)
-    found = "" if error.proven else "found "
-    return BudgetError(
-        f"a budget of {budget} cannot be met: the tightest {found}for these statistics and options "
-        f"is Budget(fraction={share:.4f}) or Budget(speedup={speedup:.3f}); relax the budget, "
-        "calibrate with more lags, or raise max_gap and max_cache_bytes where they are set"
-    )
-
-
-def _plan(
-    stats: CalibrationStats,
-    budget: Budget,
-    options: Options,
-    solution: ScheduleSolution,
-    fit: GainFit,
-    measured_steps: int,
-) -> Plan:
-    rows = tuple(
-        _unit_plan(stats, schedule, gains, fit.mode)
-        for schedule, gains in zip(solution.units, fit.gains, strict=True)
-    )
-    full = stats.num_steps * step_ms(stats)
-    overhead = stats.num_steps * stats.overhead_ms
-    exact = all(not unit.cached.any() for unit in solution.units)
-    psnr = predicted_psnr(stats, trajectory_error(stats, solution.units, fit.gains))
-    known = not exact and bool(np.isfinite(psnr).all())
-    provenance = {
-        "calibration_prompts": stats.num_prompts,
-        "calibration_mode": stats.mode,
-        "prompts_sha256": stats.prompts_sha256,
-        "seed": stats.sketch_seed,
-        "units": list(options.units),
-        "history": _history(options),
-        "max_gap": options.max_gap,
-        "forced": list(options.forced),
-        "max_cache_bytes": options.max_cache_bytes,
-        "status": solution.status,
-        "gains": fit.note,
-    }
-    setting = stats.setting
-    if options.sigmas is not None:
-        provenance["interpolated_from_steps"] = measured_steps
-        # The sigmas stand in the plan; what the calibration called for would contradict them.
-        setting = {
-            key: value
-            for key, value in setting.items()
-            if key != "num_inference_steps" and "shift" not in key
-        }
-    plan = Plan(
-        generator=f"layercache {_version()}",
-        model=ModelFingerprint.model_validate(stats.model),
-        setting=setting,
-        sigmas=tuple(float(sigma) for sigma in stats.sigmas),
-        branches=stats.branches,
-        units=rows,
-        budget=budget,
-        predicted=Predicted(
-            speedup=(full + overhead) / (solution.cost_ms + overhead),
-            compute_share=solution.cost_ms / full,
-            psnr_db=float(psnr.mean()) if known else None,
-            psnr_worst_db=float(psnr.min()) if known else None,
-            cache_bytes=0,
-        ),
-        certificate=Certificate(
+    def _solved(self, limit_ms: float) -> Iterator[_Choice]:
+        """The schedule of one solver, with as many taps as the bytes allow."""
+        if self.options.solver == "dp":
+            solution = self._programme.solve(limit_ms)
+        else:
+            solution = SOLVERS[self.options.solver](self._programme.problem.with_budget(limit_ms))
+        certificate = Certificate(
             solver=solution.solver,
-            gains=fit.mode,
-            power=options.power,
-            objective=solution.objective,
+            value=solution.objective,
             lower_bound=solution.lower_bound,
-            gap=solution.gap,
-        ),
-        provenance=provenance,
-    )
-    held = held_bytes(stats, plan)
-    return plan.model_copy(
-        update={"predicted": plan.predicted.model_copy(update={"cache_bytes": held})}
-    )
+        )
+        computed = self._computed(solution)
+        for depth in range(DEPTH, -1, -1):
+            fit = self._model(depth).fit(computed)
+            if depth == 0 or self._fits(fit):
+                yield _Choice(fit, certificate)
+                return
+
+    def _computed(self, solution: ScheduleSolution) -> BoolArray:
+        """(T, 1+G) of a solution, which has columns for its units alone."""
+        columns = dict(zip(solution.names, solution.computed.T, strict=True))
+        run = columns.get(STEP, np.ones(self.stats.num_steps, dtype=bool))
+        rows = [run] + [columns.get(group.name, run) for group in self.stats.groups]
+        return np.array(rows).T
+
+    def _model(self, depth: int) -> ErrorModel:
+        if depth not in self._models:
+            self._models[depth] = ErrorModel(self.stats, self.options.predictor, depth)
+        return self._models[depth]
+
+    # -- the search ---------------------------------------------------------------------------
+
+    def _searched(self, limit_ms: float) -> Iterator[_Choice]:
+        """The best schedule of all searches, in full fits."""
+        best: _Choice | None = None
+        for depth, search in self._searches:
+            for found in search.near(limit_ms, NEAR):
+                fit = self._model(depth).fit(found.computed)
+                if fit.exact:
+                    certificate = Certificate(solver="search", value=0.0, lower_bound=0.0)
+                else:
+                    certificate = Certificate(
+                        solver="search", objective="score", value=fit.score, starts=found.starts
+                    )
+                if best is None or fit.score < best.fit.score:
+                    best = _Choice(fit, certificate)
+        if best is not None:
+            yield best
+            return
+        # Between what the programme can meet and the first level there is nothing to search.
+        yield from self._solved_tightly(limit_ms)
+
+    def _solved_tightly(self, limit_ms: float) -> Iterator[_Choice]:
+        computed = self._computed(self._programme.solve(limit_ms))
+        fit = self._model(0 if self.options.max_cache_bytes is not None else DEPTH).fit(computed)
+        certificate = Certificate(solver="search", objective="score", value=fit.score, starts=1)
+        yield _Choice(fit, certificate)
+
+    @cached_property
+    def _searches(self) -> list[tuple[int, Search]]:
+        """A search of whole steps, and one with groups that starts from what it finds."""
+        depths = (DEPTH,) if self.options.max_cache_bytes is None else range(DEPTH, -1, -1)
+        found = []
+        for depth in depths:
+            table = self._table(depth)
+            steps = None
+            if table.skips:
+                alone = Table(table.cost, table.fixed, True, (), table.step_reach, 0)
+                model = self._quick(depth, groups=False)
+                programme = DynamicProgramme(self._problem(("step",)))
+                steps = Search(model, alone, self._propose(programme), self.progress)
+                found.append((depth, steps))
+            if table.groups:
+                model = self._quick(depth, groups=True)
+                propose = self._propose(self._programme, steps)
+                found.append((depth, Search(model, table, propose, self.progress)))
+        return found
+
+    def _quick(self, depth: int, groups: bool) -> ErrorModel:
+        return ErrorModel(self.stats, self.options.predictor, depth, quick=True, groups=groups)
+
+    def _propose(
+        self, programme: DynamicProgramme, steps: Search | None = None
+    ) -> Callable[[float], list[BoolArray]]:
+        """What the dynamic programme, the published allocator and another search find."""
+
+        def propose(budget_ms: float) -> list[BoolArray]:
+            best = None if steps is None else steps.best(budget_ms)
+            found = [] if best is None else [best.computed]
+            problem = programme.problem.with_budget(budget_ms)
+            for solve in (programme.solve, lambda _: SOLVERS["greedy"](problem)):
+                try:
+                    found.append(self._computed(solve(budget_ms)))
+                except InfeasibleBudgetError:
+                    continue
+            return found
+
+        return propose
+
+    def _table(self, depth: int) -> Table:
+        """The schedules that options and bytes allow at a depth."""
+        stats, options = self.stats, self.options
+        times = cell_ms(stats)
+        fixed: BoolArray = np.zeros(stats.num_steps, dtype=bool)
+        fixed[[0, *sorted(self.forced)]] = True
+        room = math.inf if options.max_cache_bytes is None else float(options.max_cache_bytes)
+        outputs = stats.velocity_bytes * (1 + (depth + 1 if depth else 0))
+        skips = "step" in options.units and outputs + stats.output_bytes <= room
+        room -= outputs + stats.output_bytes if skips else outputs if depth else 0
+        groups = []
+        if "groups" in options.units:
+            for index in np.argsort(stats.group_bytes, kind="stable").tolist():
+                size = stats.group_bytes[index] * (1 + depth)
+                if size <= room:
+                    groups.append(index)
+                    room -= size
+        most = math.inf if options.max_gap is None else options.max_gap
+        return Table(
+            cost=np.column_stack([times[:, -1], times[:, :-1]]),
+            fixed=fixed,
+            skips=skips,
+            groups=tuple(sorted(groups)),
+            step_reach=int(min(STEP_LAGS, most)),
+            group_reach=int(min(stats.max_lag, most)),
+        )
+
+    # -- the plan -----------------------------------------------------------------------------
+
+    def _fits(self, fit: Fit) -> bool:
+        limit = self.options.max_cache_bytes
+        if limit is None:
+            return True
+        rows = rows_of(self.stats, self.options, fit)
+        schedules = {row.name: row.schedule(self.stats.sigmas.tolist()) for row in rows}
+        return cache_bytes(self.stats, schedules) <= limit
+
+    def _plan(self, budget: Budget, choice: _Choice) -> Plan:
+        stats = self.stats
+        psnr = predicted_psnr(stats, choice.fit.error)
+        provenance = {
+            "calibration_prompts": stats.num_prompts,
+            "calibration_mode": stats.mode,
+            "prompts_sha256": stats.prompts_sha256,
+            "sketch_seed": stats.sketch_seed,
+        }
+        if self.options.sigmas is not None:
+            provenance["interpolated_from_steps"] = self.measured.num_steps
+        return Plan.of(
+            stats,
+            budget,
+            self.options,
+            rows_of(stats, self.options, choice.fit),
+            psnr=None if choice.fit.exact or not np.isfinite(psnr).all() else psnr,
+            certificate=choice.certificate,
+            provenance=provenance,
+        )
+
+    def _infeasible(self, budget: Budget, error: InfeasibleBudgetError) -> BudgetError:
+        if not np.isfinite(error.smallest_ms):
+            return BudgetError(f"a budget of {budget} cannot be met: {error}")
+        # Rounded to the side on which the budget is met; all of it may come out a bit above 1.
+        share = min(math.ceil(error.smallest_ms / full_ms(self.stats) * 1e4) / 1e4, 1.0)
+        speedup = math.floor(speedup_of(self.stats, error.smallest_ms) * 1e3) / 1e3
+        found = "" if error.proven else "found "
+        return BudgetError(
+            f"a budget of {budget} cannot be met: the tightest {found}for these statistics and "
+            f"options is Budget(fraction={share:.4f}) or Budget(speedup={max(speedup, 1.0):.3f}); "
+            "relax the budget, calibrate with more lags, or raise max_gap and max_cache_bytes "
+            "where they are set"
+        )
 
 
-def _unit_plan(
-    stats: CalibrationStats, schedule: UnitSchedule, gains: FloatArray, mode: str
-) -> UnitPlan:
-    symbols = []
-    for step, (anchor, base) in enumerate(zip(schedule.anchor, schedule.base, strict=True)):
-        if schedule.refresh[step]:
-            symbols.append(REFRESH)
-        elif anchor < 0:
+def rows_of(stats: CalibrationStats, options: Options, fit: Fit) -> tuple[UnitPlan, ...]:
+    """A fitted schedule as the rows of a plan."""
+    run, rows = fit.computed[:, 0], []
+    if "step" in options.units or any(fit.taps):
+        cells = "".join(COMPUTED if here else SPANS[0] for here in run)
+        taps = fit.taps if any(fit.taps) else None
+        rows.append(UnitPlan(kind="step", cells=cells, taps=taps))
+    if "groups" in options.units:
+        for index in range(stats.num_groups):
+            rows.append(_group_row(stats, fit, index))
+    return tuple(rows)
+
+
+def _group_row(stats: CalibrationStats, fit: Fit, index: int) -> UnitPlan:
+    symbols, taps = [], []
+    done: list[int] = []
+    for step, here in enumerate(fit.computed[:, 1 + index].tolist()):
+        row: tuple[float, ...] = ()
+        if here:
+            symbols.append(COMPUTED)
+            done.append(step)
+        elif not fit.computed[step, 0]:
             symbols.append(IDLE)
         else:
-            span = int(anchor - base) if base >= 0 else 0
-            if span > MAX_SPAN:
+            cell = fit.cells[index][step]
+            read = [h for h, tap in enumerate(cell.taps) if tap]
+            span = done[-1] - done[-2 - read[-1]] if read else 0
+            if span >= len(SPANS):
                 raise LayerCacheError(
-                    f"{schedule.name}: a span of {span} steps has no symbol in a plan"
+                    f"{stats.groups[index].name}: a span of {span} steps has no symbol in a plan"
                 )
             symbols.append(SPANS[span])
-    values = None if mode in ("none", "unit") else tuple(float(gain) for gain in gains)
-    cells = "".join(symbols)
-    group = next((group for group in stats.groups if group.name == schedule.name), None)
-    if group is None:
-        return UnitPlan(kind="step", cells=cells, gains=values)
+            row = () if cell.published or not read else cell.taps
+        taps.append(row)
+    group = stats.groups[index]
     return UnitPlan(
         kind="group",
         block_list=group.block_list,
         start=group.start,
         stop=group.stop,
-        cells=cells,
-        gains=values,
+        cells="".join(symbols),
+        taps=tuple(taps) if any(taps) else None,
     )
-
-
-def _version() -> str:
-    try:
-        return version("layercache-flow")
-    except PackageNotFoundError:
-        return "from source"

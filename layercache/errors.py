@@ -19,6 +19,10 @@ class BudgetError(LayerCacheError, ValueError):
     """A budget cannot be read or cannot be met."""
 
 
+class OptionError(LayerCacheError, ValueError):
+    """An option is unknown or not of its type."""
+
+
 class ModelMismatchError(LayerCacheError, ValueError):
     """A plan or statistics belong to another model, schedule or setting."""
 

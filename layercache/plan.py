@@ -10,20 +10,24 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from layercache import costs
 from layercache._json import parse, require_plain
+from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Frozen, Schedule, UnitPlan
 from layercache.errors import ModelMismatchError, PlanError
-from layercache.plan_rows import IDLE, MAX_SPAN, REFRESH, SPANS, Frozen, Schedule, UnitPlan
-from layercache.stats import write_atomically
+from layercache.options import Options
+from layercache.stats import CalibrationStats, FloatArray, write_atomically
 
 __all__ = [
+    "COMPUTED",
     "IDLE",
     "MAX_SPAN",
-    "REFRESH",
     "SCHEMA_VERSION",
     "SPANS",
     "Budget",
@@ -33,11 +37,10 @@ __all__ = [
     "Predicted",
     "Schedule",
     "UnitPlan",
-    "version_for",
 ]
 
-SCHEMA_VERSION = 2
-"""Of plans with taps. Plans without are written as version 1, which older readers know."""
+SCHEMA_VERSION: Literal[1] = 1
+"""The only one; drafts of the format are not read."""
 _MAX_FILE_BYTES = 16 * 2**20
 _MAX_STEPS = 10_000
 
@@ -93,6 +96,10 @@ class Budget(Frozen):
                 'a speedup of at least 1 such as "1.37x", or a Budget'
             ) from error
 
+    def limit_ms(self, stats: CalibrationStats) -> float:
+        """Milliseconds that the transformer may take for all steps."""
+        return costs.budget_ms(stats, fraction=self.fraction, speedup=self.speedup)
+
     def __str__(self) -> str:
         if self.speedup is not None:
             return f"{self.speedup:g}x"
@@ -102,26 +109,52 @@ class Budget(Frozen):
 class Predicted(Frozen):
     """What the statistics foretell. None of it is a measurement of the running plan.
 
-    `psnr_db` is the mean over calibration prompts, against the uncached image; `cache_bytes` the
-    peak of all stored tensors for one image.
+    `psnr_db`, `psnr_median_db` and `psnr_worst_db` are the mean, median and least over calibration
+    prompts, against the uncached image; none is stated where nothing is cached. `cache_bytes` is
+    the peak of all stored tensors for one image.
     """
 
     speedup: float
     compute_share: float
     psnr_db: float | None = None
+    psnr_median_db: float | None = None
     psnr_worst_db: float | None = None
     cache_bytes: int
 
 
 class Certificate(Frozen):
-    """The solver's objective, a proven lower bound of it, and the relative gap between them."""
+    """What is known of how good the schedule is.
+
+    Attributes:
+        solver: What found it.
+        objective: What was made small: the sum of `"prices"` of cached cells, or the `"score"`,
+            the mean log10 of the squared error foretold of the final latent.
+        value: Of the objective, as reached.
+        lower_bound: A proven bound of the objective over all schedules within the budget, if there
+            is one.
+        starts: Of how many schedules a search began, the best of which this is.
+    """
 
     solver: str
-    gains: str
-    power: float
-    objective: float
-    lower_bound: float
-    gap: float
+    objective: Literal["prices", "score"] = "prices"
+    value: float
+    lower_bound: float | None = None
+    starts: int | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """Relative distance of the bound from the value; None without a bound."""
+        if self.lower_bound is None:
+            return None
+        return max(0.0, self.value - self.lower_bound) / self.value if self.value > 0 else 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.solver}, {self.objective} {self.value:.4g}"
+        if self.starts is not None:
+            text += f", best of {self.starts} starts, nothing proven"
+        if self.lower_bound is not None:
+            text += f", lower bound {self.lower_bound:.4g}, gap {100 * (self.gap or 0):.2f} %"
+        return text
 
 
 class Plan(Frozen):
@@ -132,14 +165,16 @@ class Plan(Frozen):
         >>> print(plan.summary())  # doctest: +SKIP
     """
 
-    schema_version: Literal[1, 2] = 1
+    schema_version: Literal[1] = SCHEMA_VERSION
     generator: str
+    component: str = "transformer"
     model: ModelFingerprint
     setting: dict[str, Any]
     sigmas: tuple[float, ...]
     branches: int = Field(ge=1)
     units: tuple[UnitPlan, ...]
     budget: Budget
+    asked: Options
     predicted: Predicted
     certificate: Certificate
     provenance: dict[str, Any] = Field(default_factory=dict)
@@ -155,6 +190,26 @@ class Plan(Frozen):
         for index, unit in enumerate(self.units):
             if len(unit.cells) != steps:
                 raise ValueError(f"units[{index}].cells has {len(unit.cells)} cells for {steps}")
+        self._check_places()
+        skipped = [not run for run in self.run_steps]
+        for index, unit in enumerate(self.units):
+            idle = [symbol == IDLE for symbol in unit.cells]
+            if unit.kind == "group" and idle != skipped:
+                step = next(i for i in range(steps) if idle[i] != skipped[i])
+                raise ValueError(
+                    f"units[{index}].cells[{step}] is {unit.cells[step]!r}: a group is idle (.) "
+                    "at just those steps that the step unit skips"
+                )
+        try:
+            for unit in self.units:
+                unit.schedule(self.sigmas)
+        except PlanError as error:
+            raise ValueError(str(error)) from error
+        told = {"generator": self.generator, "component": self.component, "setting": self.setting}
+        require_plain({**told, "model": self.model.model_dump(), "provenance": self.provenance})
+        return self
+
+    def _check_places(self) -> None:
         if sum(unit.kind == "step" for unit in self.units) > 1:
             raise ValueError("units holds more than one step unit")
         taken: dict[str, int] = {}
@@ -166,33 +221,73 @@ class Plan(Frozen):
                 if stop > self.model.block_lists.get(name, 0):
                     raise ValueError(f"units[{index}] ({unit.name}) is not in model.block_lists")
                 taken[name] = stop
-        skipped = [not run for run in self.run_steps]
-        for index, unit in enumerate(self.units):
-            idle = [symbol == IDLE for symbol in unit.cells]
-            if unit.kind == "group" and idle != skipped:
-                step = next(i for i in range(steps) if idle[i] != skipped[i])
-                raise ValueError(
-                    f"units[{index}].cells[{step}] is {unit.cells[step]!r}: a group is idle (.) "
-                    "at just those steps that the step unit skips"
-                )
-        needed = version_for(self.units)
-        if self.schema_version != needed:
-            raise ValueError(
-                f"schema_version is {self.schema_version}, but units "
-                f"{'with' if needed > 1 else 'without'} taps are of version {needed}"
-            )
-        try:
-            for unit in self.units:
-                unit.schedule(self.sigmas)
-        except PlanError as error:
-            raise ValueError(str(error)) from error
-        return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's, without the original's resolved rows."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("schedules", None)
         return copied
+
+    @classmethod
+    def of(
+        cls,
+        stats: CalibrationStats,
+        budget: Budget,
+        asked: Options,
+        units: Sequence[UnitPlan],
+        *,
+        psnr: FloatArray | None,
+        certificate: Certificate,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """A plan of these rows, with its costs computed from the statistics.
+
+        Args:
+            stats: Statistics at the noise levels of the plan.
+            budget: What was asked for.
+            asked: How it was compiled.
+            units: The rows.
+            psnr: (P,) what is predicted of each calibration prompt; None if nothing is.
+            certificate: What is known of how good it is.
+            provenance: Where it comes from.
+        """
+        sigmas = tuple(float(sigma) for sigma in stats.sigmas)
+        schedules = {unit.name: unit.schedule(sigmas) for unit in units}
+        spent = costs.spent_ms(stats, schedules)
+        figures = {}
+        if psnr is not None:
+            figures = {
+                "psnr_db": float(psnr.mean()),
+                "psnr_median_db": float(np.median(psnr)),
+                "psnr_worst_db": float(psnr.min()),
+            }
+        setting = stats.setting
+        if asked.sigmas is not None:
+            # The sigmas stand in the plan; what the calibration called for would contradict them.
+            setting = {
+                key: value
+                for key, value in setting.items()
+                if key != "num_inference_steps" and "shift" not in key
+            }
+        return cls(
+            generator=f"layercache {_version()}",
+            component=stats.component,
+            model=ModelFingerprint.model_validate(stats.model),
+            setting=setting,
+            sigmas=sigmas,
+            branches=stats.branches,
+            units=tuple(units),
+            budget=budget,
+            asked=asked,
+            predicted=Predicted(
+                speedup=costs.speedup_of(stats, spent),
+                compute_share=spent / costs.full_ms(stats),
+                cache_bytes=costs.cache_bytes(stats, schedules),
+                **figures,
+            ),
+            certificate=certificate,
+            provenance=dict(provenance or {}),
+        )
 
     @property
     def num_steps(self) -> int:
@@ -215,7 +310,7 @@ class Plan(Frozen):
         unit = self.step_unit
         if unit is None:
             return (True,) * self.num_steps
-        return tuple(symbol == REFRESH for symbol in unit.cells)
+        return tuple(symbol == COMPUTED for symbol in unit.cells)
 
     @cached_property
     def schedules(self) -> dict[str, Schedule]:
@@ -237,10 +332,10 @@ class Plan(Frozen):
             require_plain(data, "plan")
         except ValueError as error:
             raise PlanError(str(error)) from error
-        version = data.get("schema_version") if isinstance(data, Mapping) else None
-        if version not in (1, SCHEMA_VERSION) or isinstance(version, bool):
+        found = data.get("schema_version") if isinstance(data, Mapping) else None
+        if type(found) is not int or found != SCHEMA_VERSION:
             raise PlanError(
-                f"the plan has schema_version {version!r}; this LayerCache reads versions 1 and "
+                f"the plan has schema_version {found!r}; this LayerCache reads version "
                 f"{SCHEMA_VERSION}: upgrade LayerCache or compile the plan again"
             )
         try:
@@ -249,7 +344,9 @@ class Plan(Frozen):
             first = error.errors()[0]
             path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
             more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-            raise PlanError(f"plan{path}: {first['msg']}{more}") from error
+            text = f"plan{path}: {first['msg']}{more}"
+            # An unknown key may hold what no terminal can show.
+            raise PlanError(text.encode("utf-8", "backslashreplace").decode()) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file atomically, a line a row of cells."""
@@ -307,56 +404,40 @@ class Plan(Frozen):
     def cache_bytes(
         self, group_bytes: Mapping[str, int], velocity_bytes: int, output_bytes: int
     ) -> int:
-        """Peak bytes of all tensors that the runtime holds between steps, for one image.
-
-        A residual is held from its refresh until the last step that reads it; the step unit holds
-        guided outputs likewise, the mean that skipped steps repeat, and the branches' outputs of
-        the last computed step wherever a step is skipped.
-        """
-        peak = 0
-        for step in range(self.num_steps):
-            held = 0
-            for unit in self.units:
-                count = self.schedules[unit.name].stored_at(step)
-                if unit.kind == "group":
-                    held += count * group_bytes[unit.name]
-                else:
-                    cached = self.schedules[unit.name].cached
-                    after = cached[step] or (step + 1 < self.num_steps and cached[step + 1])
-                    held += count * velocity_bytes + (output_bytes if after else 0)
-            peak = max(peak, held)
-        return peak
+        """`costs.peak_bytes` of this plan's schedules."""
+        return costs.peak_bytes(self.schedules, group_bytes, velocity_bytes, output_bytes)
 
     def summary(self) -> str:
         """The grid and the figures, for a person."""
-        p, c = self.predicted, self.certificate
-        width = max(len(unit.name) for unit in self.units) if self.units else 4
+        p = self.predicted
+        width = max((len(unit.name) for unit in self.units), default=4)
         ruler = "".join(str((s // 10) % 10) if s % 10 == 0 else " " for s in range(self.num_steps))
         lines = [
             f"Plan for {self.model.class_name}, {self.num_steps} steps, budget {self.budget}",
             f"  {'step':<{width}}  {ruler}",
         ]
         for unit in self.units:
-            refreshed = unit.cells.count(REFRESH)
-            lines.append(f"  {unit.name:<{width}}  {unit.cells}  {refreshed} computed")
+            most = max(map(len, unit.taps), default=0) if unit.taps else 0
+            taps = f", up to {most} taps" if most else ""
+            computed = unit.cells.count(COMPUTED)
+            lines.append(f"  {unit.name:<{width}}  {unit.cells}  {computed} computed{taps}")
         psnr = "unknown"
         if p.psnr_db is not None and p.psnr_worst_db is not None:
             psnr = f"{p.psnr_db:.1f} dB (worst prompt {p.psnr_worst_db:.1f})"
-        if any(unit.taps is not None for unit in self.units):
-            lines.append("  multistep: taps make what skipped steps repeat; spans only price it")
         lines += [
-            "  # computed   0 reused   1-9, a-z predicted with span K   . the step is skipped",
+            "  # computed   0 skipped or reused   1-9, a-z predicted with span K   . idle",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
             f"PSNR {psnr}, cache {p.cache_bytes / 2**20:.2f} MiB an image",
-            f"  certificate: {c.solver}, {c.gains} gains, objective {c.objective:.4g}, "
-            f"lower bound {c.lower_bound:.4g}, gap {100 * c.gap:.2f} %",
+            f"  certificate: {self.certificate}",
         ]
         return "\n".join(lines)
 
 
-def version_for(units: Sequence[UnitPlan]) -> Literal[1, 2]:
-    """The oldest version of the format that can hold these rows."""
-    return 1 if all(unit.taps is None for unit in units) else 2
+def _version() -> str:
+    try:
+        return version("layercache-flow")
+    except PackageNotFoundError:
+        return "from source"
 
 
 def _one_line_arrays(text: str) -> str:

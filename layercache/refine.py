@@ -1,15 +1,15 @@
-"""`refine_plan`: the multistep coefficients of a plan, fitted again on the accelerated run itself.
+"""`refine_plan`: the step taps of a plan, fitted again on the accelerated run itself.
 
 Compiling foretells errors around the uncached run. The accelerated run drifts away from it, and at
 few computed steps what is foretold is no longer what happens. Here the calibration prompts are
 generated once in full, and once under the plan, all prompts in one pipeline call. At every computed
 step a, just before its velocity is used, the mean velocity until the next computed step e
 
-    v_a + sum_h b_h (v_a - v_{a_h}),      a_h the h-th computed step before a,
+    m_a = u_a + sum_h b_h (u_a - u_{a_h}),      a_h the h-th computed step before a,
 
-is fitted to where the uncached run is at e (`solver.rows.fit_row`): target (z_e - x_a) / (sigma_e -
-sigma_a), prior the compiled coefficients. The run goes on from what the fit gives, so that errors
-made before are seen, and paid back, by later fits. Which steps are computed stays as it was.
+is fitted to where the uncached run is at e (`prediction.ridge`): target (z_e - x_a) / (sigma_e -
+sigma_a), prior the compiled taps. The run goes on from what the fit gives, so that errors made
+before are seen, and paid back, by later fits. Which cells are computed stays as it was.
 
 Cost: 1 generation in full and 3 under the plan, of all prompts; one more under the plan for each
 earlier velocity that a memory limit forbids. The plan's figures are computed again from the
@@ -34,17 +34,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch, Prompt, batches
+from layercache.costs import cache_bytes
 from layercache.errors import LayerCacheError, ModelMismatchError, StatsError
-from layercache.figures import held_bytes, restate
-from layercache.models.pipelines import run_pipeline
-from layercache.models.stepping import tapped_step
-from layercache.plan import REFRESH, Plan, UnitPlan
-from layercache.runtime import apply_plan
-from layercache.runtime.arithmetic import mean_velocity
-from layercache.solver.multistep import DECIMALS, DEPTH
-from layercache.solver.rows import fit_row
-from layercache.stats import CalibrationStats
-from layercache.taps import as_multistep
+from layercache.models.pipelines import decodes, run_pipeline
+from layercache.models.stepping import moved_sample, tap_step, tapped_step
+from layercache.plan import COMPUTED, Certificate, Plan, UnitPlan
+from layercache.prediction import DEPTH, predicted_psnr, resample
+from layercache.prediction.error import mean_log10, moves_as_euler
+from layercache.prediction.ridge import DECIMALS, fit_row
+from layercache.runtime import StepExecutor, apply_plan
+from layercache.runtime.arithmetic import affine
+from layercache.stats import CalibrationStats, FloatArray
+from layercache.verify import verify
 
 Array = NDArray[np.float64]
 
@@ -59,11 +60,11 @@ def refine_plan(
     call_kwargs: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """The plan with coefficients fitted in closed loop; the plan itself where that does no good.
+    """The plan with step taps fitted in closed loop; the plan itself where that does no good.
 
     Args:
         pipe: The pipeline that the plan is for.
-        plan: A compiled plan with a step unit that predicts.
+        plan: A compiled plan with fitted taps that caches something.
         stats: The statistics that it was compiled from.
         prompts: At least two strings that one pipeline call can take together; those of the
             calibration do.
@@ -72,8 +73,8 @@ def refine_plan(
         log: Receives a line on what was measured.
 
     Returns:
-        A plan of the same schedule. `provenance["refined"]` tells the prompts, and mean PSNR in dB
-        on them before and after.
+        A plan of the same cells. `provenance["refined"]` tells the prompts, and mean PSNR in dB on
+        them before and after.
 
     Raises:
         LayerCacheError: The plan has nothing to refine.
@@ -86,13 +87,12 @@ def refine_plan(
         >>> plan.provenance["refined"]["psnr_db_after"]  # doctest: +SKIP
         51.0
     """
-    history = int(plan.provenance.get("history", 1))
-    unit = plan.step_unit
-    fitted = plan.certificate.gains in ("multistep", "trajectory", "cell")
-    if unit is None or not fitted or history < 1 or set(unit.cells) == {REFRESH}:
+    cached = [schedule.cached for schedule in plan.schedules.values()]
+    if plan.asked.predictor != "fitted" or not any(map(any, cached)):
         raise LayerCacheError(
-            "this plan has nothing to refine: it needs a step unit that skips steps and a history "
-            'of at least 1; compile it with units=("step", ...) and gains="multistep"'
+            f"this plan has nothing to refine: it caches {sum(map(sum, cached))} cells and its "
+            f"predictor is {plan.asked.predictor!r}; compile one that caches, with "
+            'predictor="fitted"'
         )
     arguments = {**(call_kwargs or {}), "num_inference_steps": plan.num_steps}
     work = batches(prompts, seed, len(prompts), arguments)
@@ -108,13 +108,12 @@ def refine_plan(
         before = after = _psnr(pipe, batch, plan, reference)
         refined = plan
         for depth in range(DEPTH, 0, -1):
-            loop = _ClosedLoop(plan, unit, depth, truth)
-            with tapped_step(pipe.scheduler, loop.on_step), apply_plan(pipe, _plain(plan)):
-                run_pipeline(pipe, batch.arguments)
+            loop = ClosedLoop(plan, stats, depth, truth)
+            _run_closed(pipe, batch, plan, loop)
             units = _with_step(plan, loop.row())
-            # Deeper bases live longer; where bytes are limited, shallower ones have to do.
+            # Deeper taps hold values longer; where bytes are limited, shallower ones have to do.
             if _fits(stats, plan, units):
-                refined = restate(stats, as_multistep(plan), units)
+                refined = _restated(stats, plan, units)
                 after = _psnr(pipe, batch, refined, reference)
                 break
     better, seconds = after > before, time.perf_counter() - began
@@ -135,88 +134,96 @@ def refine_plan(
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """A computed step, and the skipped ones until the next."""
+class Truth:
+    """The uncached run: z (P, N) at every step and at the end, and how the scheduler counts."""
 
-    number: int
-    start: int
-    stop: int
+    latents: Mapping[int, Array]
+    lengths: Array
 
-
-def _stretches(unit: UnitPlan) -> list[_Stretch]:
-    starts = [step for step, symbol in enumerate(unit.cells) if symbol == REFRESH]
-    stops = [*starts[1:], len(unit.cells)]
-    return [_Stretch(i, *ends) for i, ends in enumerate(zip(starts, stops, strict=True))]
+    def length(self, start: int, stop: int) -> float:
+        """sigma_stop - sigma_start, in the scheduler's own direction."""
+        return float(self.lengths[start:stop].sum())
 
 
-class _ClosedLoop:
-    """Fits every stretch as the run reaches it.
+class ClosedLoop(StepExecutor[Tensor]):
+    """A step executor that fits each row of taps as the run reaches it.
 
     Args:
-        plan: The compiled plan, whose own coefficients are the priors.
-        unit: Its step unit.
-        depth: Most computed steps before the anchor that a fit may use.
-        truth: For each step the latents (P, N) that the uncached run has before it, and at the end.
+        plan: The compiled plan, whose own taps are the priors.
+        stats: The statistics that it was compiled from.
+        depth: Most earlier computed steps that a row may read.
+        truth: The uncached run.
     """
 
-    def __init__(self, plan: Plan, unit: UnitPlan, depth: int, truth: Mapping[int, Array]) -> None:
-        self.unit, self.depth, self.truth = unit, depth, truth
-        self.schedule = plan.schedules[unit.name]
-        self.sigmas = np.array(plan.sigmas)
-        self.stretches = {stretch.start: stretch for stretch in _stretches(unit)}
-        self.computed = list(self.stretches)
-        self.first_skipped = self.schedule.cached.index(True)
-        self.velocities: list[Tensor] = []
-        self.mean: Tensor | None = None
-        self.taps: list[tuple[float, ...]] = [()] * len(unit.cells)
+    def __init__(self, plan: Plan, stats: CalibrationStats, depth: int, truth: Truth) -> None:
+        self.unit = _step_row(plan)
+        plain = self.unit.model_copy(update={"taps": None})
+        super().__init__(plain.schedule(plan.sigmas), plan.sigmas, affine, Tensor.clone)
+        self.depth, self.truth = depth, truth
+        self.taps: list[tuple[float, ...]] = [()] * plan.num_steps
+        self.sample: Tensor | None = None
+        self._past: list[tuple[int, Tensor]] = []
+        stats = _at_sigmas(stats, plan)
+        self._segments, self._loads = stats.segments, stats.loads[:, -1]
+        # Before this step nothing has gone wrong that the plan could pay back.
+        schedules = plan.schedules.values() if moves_as_euler(stats) else [self.schedule]
+        self._first = min(
+            (schedule.cached.index(True) for schedule in schedules if any(schedule.cached)),
+            default=plan.num_steps,
+        )
 
-    def on_step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """What the scheduler gets: at a computed step the fit, then the same until the next."""
-        stretch = self.stretches.get(index)
-        if stretch is not None:
-            self.velocities.append(velocity.clone())
-            # Only as many are kept as may be read.
-            self.velocities[: -1 - self.depth] = []
-            # Before the first skipped step nothing has gone wrong; at the first stretch there is no
-            # earlier velocity.
-            exact = stretch.stop <= self.first_skipped or stretch.number == 0
-            self.mean = velocity if exact else self._fit(stretch, sample)
-        assert self.mean is not None
-        return self.mean
+    def compute(self, step: int, velocity: Tensor) -> Tensor | None:
+        """The mean velocity of a computed step, fitted."""
+        stop = self.after(step)
+        earlier = [
+            value
+            for source, value in reversed(self._past)
+            if self._segments[source] == self._segments[step]
+        ][: self.depth]
+        mean = velocity
+        if stop > self._first and self._loads[step] and earlier:
+            mean = self._fit(step, stop, velocity, earlier)
+        self._past = [*self._past, (step, velocity.clone())][-self.depth :]
+        super().compute(step, mean)
+        return mean
 
     def row(self) -> UnitPlan:
         """The step unit as fitted."""
-        return self.unit.model_copy(update={"gains": None, "taps": tuple(self.taps)})
+        return self.unit.model_copy(update={"taps": tuple(self.taps)})
 
-    def _fit(self, stretch: _Stretch, sample: Tensor) -> Tensor:
-        count = min(self.depth, stretch.number)
-        velocity, earlier = self.velocities[-1], self.velocities[-1 - count : -1][::-1]
-        length = float(self.sigmas[stretch.stop] - self.sigmas[stretch.start])
-        wanted = (self.truth[stretch.stop] - _flat(sample)) / length - _flat(velocity)
-        prior = np.array([self._prior(stretch, back, length) for back in range(1, count + 1)])
-        basis = np.stack([_flat(velocity - other) for other in earlier], axis=1)
+    def _fit(self, step: int, stop: int, velocity: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+        assert self.sample is not None
+        length = self.truth.length(step, stop)
+        wanted = (self.truth.latents[stop] - flat(self.sample)) / length - flat(velocity)
+        prior = np.zeros(len(earlier))
+        compiled = () if self.unit.taps is None else self.unit.taps[step][: len(prior)]
+        prior[: len(compiled)] = compiled
+        basis = np.stack([flat(velocity - other) for other in earlier], axis=1)
         found = np.round(fit_row(basis, wanted, prior), DECIMALS).tolist()
-        self.taps[stretch.start] = tuple(found)
-        return mean_velocity(velocity, earlier, found)
-
-    def _prior(self, stretch: _Stretch, back: int, length: float) -> float:
-        """What the compiled plan's own taps or cells come to."""
-        source, schedule = self.computed[stretch.number - back], self.schedule
-        if schedule.taps is not None:
-            return dict(schedule.taps[stretch.start]).get(source, 0.0)
-        moved = (
-            (self.sigmas[step + 1] - self.sigmas[step]) * schedule.weight[step]
-            for step in range(stretch.start, stretch.stop)
-            if schedule.base[step] == source
-        )
-        return float(sum(moved)) / length
+        self.taps[step] = tuple(found)
+        return affine(velocity, earlier, found)
 
 
-def _uncached(pipe: Any, batch: Batch, plan: Plan) -> tuple[dict[int, Array], Tensor]:
-    """Images of the uncached run, and its latents at each step that the plan computes and last."""
-    states: dict[int, Array] = {}
-    last, lengths = plan.num_steps - 1, np.diff(plan.sigmas)
-    run = plan.run_steps
+def _run_closed(pipe: Any, batch: Batch, plan: Plan, loop: ClosedLoop) -> None:
+    """Generate under the plan with the loop in the place of its step executor."""
+    row = loop.unit.model_copy(update={"taps": None})
+    plain = plan.model_copy(update={"units": _with_step(plan, row)})
+
+    def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        loop.sample = sample
+        return velocity
+
+    with apply_plan(pipe, plain) as run:
+        assert run.main.step_runner is not None
+        run.main.step_runner.executor = loop
+        with tapped_step(pipe.scheduler, on_step):
+            run_pipeline(pipe, batch.arguments)
+
+
+def _uncached(pipe: Any, batch: Batch, plan: Plan) -> tuple[Truth, Tensor]:
+    """The uncached run, and its images."""
+    latents: dict[int, Array] = {}
+    lengths: list[float] = []
 
     def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         steps = len(pipe.scheduler.sigmas) - 1
@@ -225,42 +232,80 @@ def _uncached(pipe: Any, batch: Batch, plan: Plan) -> tuple[dict[int, Array], Te
                 f"the pipeline takes {steps} steps and the plan has {plan.num_steps}: leave "
                 "sigmas and timesteps out of call_kwargs, or compile the plan for them"
             )
-        if run[index]:
-            states[index] = _flat(sample)
-        if index == last:
-            states[index + 1] = _flat(sample) + float(lengths[-1]) * _flat(velocity)
+        latents[index] = flat(sample)
+        lengths[:] = np.diff(pipe.scheduler.sigmas.tolist())
         return velocity
 
-    with tapped_step(pipe.scheduler, on_step):
+    def on_move(used: Tensor, sample: Tensor, result: Any) -> None:
+        latents[plan.num_steps] = flat(moved_sample(result))
+
+    restore = tap_step(pipe.scheduler, on_step, on_move)
+    try:
         images = run_pipeline(pipe, batch.arguments)
-    return states, images
+    finally:
+        restore()
+    return Truth(latents, np.array(lengths)), images
 
 
 def _psnr(pipe: Any, batch: Batch, plan: Plan, reference: Tensor) -> float:
-    """Mean PSNR in dB of the plan's images to the uncached ones, both clamped to [0, 1]."""
+    """Mean PSNR in dB to the uncached images; of latents, where nothing decodes them."""
     with apply_plan(pipe, plan):
         images = run_pipeline(pipe, batch.arguments)
-    squared = (images.clamp(0, 1) - reference.clamp(0, 1)).flatten(1).double().pow(2).mean(dim=1)
+    if decodes(pipe):
+        images, reference, span = images.clamp(0, 1), reference.clamp(0, 1), torch.ones(1)
+    else:
+        rows = reference.flatten(1).double()
+        span = (rows.max(dim=1).values - rows.min(dim=1).values).clamp_min(1e-12)
+    squared = (images - reference).flatten(1).double().pow(2).mean(dim=1) / span**2
     return float((-10 * torch.log10(squared.clamp_min(1e-20))).mean())
 
 
-def _plain(plan: Plan) -> Plan:
-    """The same schedule, every skipped step plain reuse: what computed steps give is untouched."""
-    unit = plan.step_unit
-    assert unit is not None
-    row = unit.model_copy(update={"gains": None, "taps": ((),) * len(unit.cells)})
-    return plan.model_copy(update={"units": _with_step(plan, row), "schema_version": 2})
+def _step_row(plan: Plan) -> UnitPlan:
+    """The step unit, or one that computes every step, for taps to stand in."""
+    return plan.step_unit or UnitPlan(kind="step", cells=COMPUTED * plan.num_steps)
 
 
 def _with_step(plan: Plan, row: UnitPlan) -> tuple[UnitPlan, ...]:
-    return tuple(row if unit.kind == "step" else unit for unit in plan.units)
+    return (row, *plan.groups)
 
 
-def _fits(stats: CalibrationStats, plan: Plan, units: tuple[UnitPlan, ...]) -> bool:
-    limit = plan.provenance.get("max_cache_bytes")
-    return limit is None or held_bytes(stats, plan.model_copy(update={"units": units})) <= limit
+def _at_sigmas(stats: CalibrationStats, plan: Plan) -> CalibrationStats:
+    asked = plan.asked.sigmas
+    return stats if asked is None else resample(stats, np.array(asked))
 
 
-def _flat(tensor: Tensor) -> Array:
+def _fits(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) -> bool:
+    limit = plan.asked.max_cache_bytes
+    schedules = {unit.name: unit.schedule(plan.sigmas) for unit in units}
+    return limit is None or cache_bytes(_at_sigmas(stats, plan), schedules) <= limit
+
+
+def _restated(stats: CalibrationStats, plan: Plan, units: tuple[UnitPlan, ...]) -> Plan:
+    """A plan of other rows of the same cells, with its figures computed anew and verified."""
+    here = _at_sigmas(stats, plan)
+
+    def made(psnr: FloatArray | None, certificate: Certificate) -> Plan:
+        return Plan.of(
+            here,
+            plan.budget,
+            plan.asked,
+            units,
+            psnr=psnr,
+            certificate=certificate,
+            provenance=plan.provenance,
+        )
+
+    certificate = plan.certificate
+    error = verify(stats, made(None, certificate)).error
+    if certificate.objective == "score":
+        certificate = certificate.model_copy(update={"value": mean_log10(error)})
+    psnr = predicted_psnr(here, error)
+    found = made(psnr if np.isfinite(psnr).all() else None, certificate)
+    verify(stats, found)
+    return found
+
+
+def flat(tensor: Tensor) -> Array:
+    """(P, N) in double precision, on the CPU."""
     result: Array = tensor.flatten(1).double().cpu().numpy()
     return result

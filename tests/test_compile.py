@@ -23,7 +23,7 @@ from layercache.solver.multistep import DEPTH
 from layercache.solver.solution import ScheduleSolution
 from layercache.solver.verify import Row, Rules, VerificationError, verify
 from tests.solver.multistep_oracle import turned_error
-from tests.solver.strategies import random_stats
+from tests.prediction.strategies import random_stats
 
 # The package exports a function of a like name, so the module is asked for by its own.
 compile_module = importlib.import_module("layercache.compile")

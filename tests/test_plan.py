@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercache.errors import ModelMismatchError, PlanError
+from layercache.options import Options
 from layercache.plan import Budget, Plan
 
 STEPS = 6
@@ -25,11 +26,12 @@ def plan_dict(**changes: Any) -> dict[str, Any]:
         "sigmas": [1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.0],
         "branches": 2,
         "units": [
-            {"kind": "step", "cells": "##1#20", "gains": [0, 0.5, 0.7, 0, 1.1, 0]},
+            {"kind": "step", "cells": "##0#00", "taps": [[], [0.5], [], [0.7, -0.2], [], []]},
             {"kind": "group", "block_list": "blocks", "start": 0, "stop": 4, "cells": "##.1.."},
             {"kind": "group", "block_list": "blocks", "start": 4, "stop": 8, "cells": "##.0.."},
         ],
         "budget": {"fraction": 0.5},
+        "asked": {"units": ["step", "groups"]},
         "predicted": {
             "speedup": 2.0,
             "compute_share": 0.5,
@@ -37,39 +39,40 @@ def plan_dict(**changes: Any) -> dict[str, Any]:
             "psnr_worst_db": 39.0,
             "cache_bytes": 100,
         },
-        "certificate": {
-            "solver": "dp",
-            "gains": "trajectory",
-            "power": 1.0,
-            "objective": 1.0,
-            "lower_bound": 0.9,
-            "gap": 0.1,
-        },
+        "certificate": {"solver": "dp", "value": 1.0, "lower_bound": 0.9},
     }
     return data | changes
 
 
+STEP = {"kind": "step", "cells": "######"}
+GROUP = {"kind": "group", "block_list": "blocks", "start": 0, "stop": 4, "cells": "######"}
+
+
 @st.composite
-def step_rows(draw: st.DrawFn) -> str:
-    """Any valid row of the step unit."""
-    cells = ["#"]
-    refreshes = [0]
+def rows(draw: st.DrawFn) -> dict[str, Any]:
+    """Any valid row, of the step unit or of a group."""
+    kind = draw(st.sampled_from(["step", "group"]))
+    cells, taps, computed = ["#"], [[]], [0]  # type: list[str], list[list[float]], list[int]
     for step in range(1, STEPS):
-        reach = refreshes[-1] - refreshes[0]
-        symbol = draw(st.sampled_from(["#", *"0123456"[: reach + 1]]))
-        cells.append(symbol)
-        if symbol == "#":
-            refreshes.append(step)
-    return "".join(cells)
+        here = draw(st.booleans())
+        most = len(computed) - (kind == "group")
+        numbers = st.lists(st.floats(-3, 3).map(lambda b: b or 1.0), max_size=most)
+        row = draw(numbers) if here == (kind == "step") else []
+        span = computed[-1] - computed[-1 - len(row)] if row and kind == "group" else 0
+        cells.append("#" if here else str(span))
+        taps.append(row)
+        if here:
+            computed.append(step)
+    place = {} if kind == "step" else {"block_list": "blocks", "start": 0, "stop": 4}
+    return {"kind": kind, "cells": "".join(cells), "taps": taps, **place}
 
 
 @settings(max_examples=100, deadline=None)
-@given(cells=step_rows(), gain=st.floats(-3, 3))
+@given(row=rows())
 def test_load_of_save_is_the_same_plan(
-    tmp_path_factory: pytest.TempPathFactory, cells: str, gain: float
+    tmp_path_factory: pytest.TempPathFactory, row: dict[str, Any]
 ) -> None:
-    gains = [gain if symbol in "123456" else 0.0 for symbol in cells]
-    plan = Plan.from_dict(plan_dict(units=[{"kind": "step", "cells": cells, "gains": gains}]))
+    plan = Plan.from_dict(plan_dict(units=[row]))
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     plan.save(path)
     assert Plan.load(path) == plan
@@ -79,33 +82,48 @@ def test_load_of_save_is_the_same_plan(
 def test_a_row_is_one_line_of_the_file(tmp_path: Path) -> None:
     Plan.from_dict(plan_dict()).save(tmp_path / "plan.json")
     lines = (tmp_path / "plan.json").read_text().splitlines()
-    assert '   "cells": "##1#20",' in lines
+    assert '   "cells": "##0#00",' in lines
     assert any(line.strip().startswith('"sigmas": [ 1.0, 0.8') for line in lines)
 
 
-def test_schedules_resolve_anchors_bases_and_weights() -> None:
+def test_rows_are_resolved_to_step_numbers() -> None:
     plan = Plan.from_dict(plan_dict())
     step = plan.schedules["step"]
+    assert step.computed == (True, True, False, True, False, False) == plan.run_steps
+    assert step.cached == (False, False, True, False, True, True)
     assert step.anchor == (-1, -1, 1, -1, 3, 3)
-    assert step.base == (-1, 0, 0, -1, 1, -1)
-    # gain 0.7 over (0.6 - 0.8) / (0.8 - 1.0), and gain 1.1 over (0.3 - 0.4) / (0.4 - 0.8)
-    assert step.weight == pytest.approx((0, 0.5, 0.7, 0, 1.1 * 0.25, 0))
+    assert step.reads == ((), ((0, 0.5),), (), ((1, 0.7), (0, -0.2)), (), ())
+    assert step.last_use == (3, 3, -1, -1, -1, -1)
     group = plan.schedules["blocks[0:4]"]
-    assert group.weight[3] == pytest.approx((0.4 - 0.8) / (0.8 - 1.0))
+    # The published predictor: (0.4 - 0.8) / (0.8 - 1.0) times the difference of steps 1 and 0.
+    assert [source for source, _ in group.reads[3]] == [0]
+    assert group.reads[3][0][1] == pytest.approx(2.0)
+    assert group.anchor == (-1, -1, -1, 1, -1, -1)
     assert group.last_use == (3, 3, -1, -1, -1, -1)
-    assert plan.run_steps == (True, True, False, True, False, False)
+    assert plan.schedules["blocks[4:8]"].reads[3] == ()
+
+
+def test_taps_of_a_group_count_its_computed_steps() -> None:
+    row = GROUP | {"cells": "#0##40", "taps": [[], [], [], [], [0.5, 0.0, 0.25], []]}
+    # The anchor of step 4 is 3; behind it lie 2 and 0, so that a third tap is one too many.
+    with pytest.raises(PlanError, match=r"taps\[4\] has 3 taps"):
+        Plan.from_dict(plan_dict(units=[row]))
+    row = GROUP | {"cells": "#0##30", "taps": [[], [], [], [], [0.5, 0.25], []]}
+    schedule = Plan.from_dict(plan_dict(units=[row])).schedules["blocks[0:4]"]
+    assert schedule.reads[4] == ((2, 0.5), (0, 0.25))
+    assert schedule.last_use == (4, -1, 4, 5, -1, -1)
 
 
 def test_cache_bytes_count_what_is_held_at_the_worst_step() -> None:
     plan = Plan.from_dict(plan_dict())
     held = plan.cache_bytes({"blocks[0:4]": 100, "blocks[4:8]": 1000}, 10, 5)
-    # Step 2: the step unit holds v_0, v_1 and the outputs, the groups r_0, r_1 and r_1.
-    assert held == 2 * 10 + 5 + 2 * 100 + 1000
+    # Step 2: the step unit holds u_0, u_1, m_1 and the outputs, the groups r_0, r_1 and r_1.
+    assert held == 3 * 10 + 5 + 2 * 100 + 1000
 
 
 def test_summary_shows_grid_and_figures() -> None:
     text = Plan.from_dict(plan_dict()).summary()
-    for part in ("##1#20", "##.1..", "2.00x", "40.0 dB", "39.0", "gap 10.00 %", "0.500"):
+    for part in ("##0#00", "##.1..", "2.00x", "40.0 dB", "39.0", "gap 10.00 %", "0.500"):
         assert part in text
 
 
@@ -113,34 +131,53 @@ def units(*rows: dict[str, Any]) -> dict[str, Any]:
     return {"units": list(rows)}
 
 
-STEP = {"kind": "step", "cells": "######"}
-GROUP = {"kind": "group", "block_list": "blocks", "start": 0, "stop": 4, "cells": "######"}
+def taps(**at: list[float]) -> list[list[float]]:
+    return [at.get(f"t{step}", []) for step in range(6)]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 3}, "schema_version 3.*upgrade"),
-        ({"schema_version": 2}, "schema_version is 2, but units without taps are of version 1"),
+        ({"schema_version": 2}, "schema_version 2.*upgrade"),
         ({"schema_version": True}, "schema_version True"),
-        ({"surprise": 1}, "plan.surprise: Extra inputs"),
-        ({"sigmas": [1.0] * 7}, "sigmas must fall strictly"),
-        ({"sigmas": [1.0, float("nan"), 0.0]}, "sigmas\\[1\\] is nan, not a finite number"),
+        ({"schema_version": 1.0}, "schema_version 1.0"),
+        ({"surprise": 1}, "plan.surprise"),
+        ({"sigmas": [1.0] * 7}, "sigmas"),
+        ({"sigmas": [1.0, float("nan"), 0.0]}, "sigmas\\[1\\]"),
         ({"branches": 0}, "branches"),
         ({"budget": {}}, "exactly one"),
+        ({"asked": {"solver": "best"}}, "asked.*'best'"),
+        ({"asked": {"surprise": 1}}, "asked.surprise"),
+        ({"asked": {"forced": ["x"]}}, "asked.forced"),
+        ({"provenance": {"x": float("nan")}}, "provenance.x is nan"),
+        ({"provenance": {"x": {1}}}, "provenance.x is a set"),
+        ({"setting": {"x": "\ud800"}}, "Unicode"),
+        ({"setting": {"\udfff": 1}}, "Unicode"),
+        ({"generator": "\ud800"}, "generator"),
+        ({"\ud800": 1}, "plan"),
         (units({**STEP, "cells": "#####"}), "5 cells for 6"),
-        (units({**STEP, "cells": "0#####"}), "first step must be refreshed"),
+        (units({**STEP, "cells": "0#####"}), "cells\\[0\\] is '0'"),
         (units({**STEP, "cells": "##!###"}), "cells\\[2\\] is '!'"),
-        (units({**STEP, "cells": "##5###"}), "span 5, but no refresh lies that far"),
+        (units({**STEP, "cells": "##1###"}), "cells\\[2\\] is '1'"),
         (units({**STEP, "cells": "##.###"}), "cells\\[2\\] is '.'"),
-        (units({**STEP, "gains": [0.0]}), "1 gains for 6 cells"),
-        (units({**STEP, "gains": [1.0, 0, 0, 0, 0, 0]}), "after its first refresh"),
-        (units({**GROUP, "gains": [0, 1.0, 0, 0, 0, 0]}), "only in the step unit"),
-        (units({**GROUP, "cells": "##0###", "gains": [0, 0, 1, 0, 0, 0]}), "plain reuse"),
+        (units({**STEP, "gains": [0.0] * 6}), "gains"),
+        (units({**STEP, "taps": [[]] * 5}), "5 rows for 6 cells"),
+        (units({**STEP, "taps": taps(t0=[0.1])}), r"taps\[0\] has 1 taps.*0 can be"),
+        (units({**STEP, "taps": taps(t1=[0.1, 0.2])}), r"taps\[1\] has 2 taps.*1 can be"),
+        (units({**STEP, "taps": taps(t1=[1e39])}), r"taps\[1\].*1e\+39"),
+        (units({**STEP, "taps": taps(t2=[1.7e308, 1.7e308])}), r"taps\[2\].*inf"),
+        (units({**STEP, "taps": taps(t1=[float("inf")])}), "finite"),
+        (units({**STEP, "cells": "##0###", "taps": taps(t2=[1.0])}), r"taps\[2\] has 1 taps"),
+        (units({**GROUP, "taps": taps(t2=[1.0])}), r"taps\[2\] has 1 taps"),
+        (units({**GROUP, "cells": "#0####", "taps": taps(t1=[1.0])}), r"taps\[1\] has 1 taps"),
+        (units({**GROUP, "cells": "##2###", "taps": taps(t2=[1.0])}), "span 2.*reach 1"),
+        (units({**GROUP, "cells": "##1###", "taps": taps(t2=[0.0])}), "span 1.*reach 0"),
+        (units({**GROUP, "cells": "##5###"}), "span 5.*not computed"),
+        (units({**GROUP, "cells": "#0#1##"}), "span 1.*step 1.*not computed"),
         (
-            units({**STEP, "cells": "##1###", "gains": [0, 0, 1e308, 0, 0, 0]})
-            | {"sigmas": [1.0, 0.99, 0.6, 0.4, 0.3, 0.2, 0.0]},
-            "cells\\[2\\] has gain 1e.308 and a rise of 39: their product",
+            units({**GROUP, "cells": "##1###"})
+            | {"sigmas": [1.0, 1.0 - 1e-9, 0.6, 0.4, 0.3, 0.2, 0]},
+            "cells\\[2\\].*add up to",
         ),
         (units({**GROUP, "stop": 9}), "not in model.block_lists"),
         (units({**GROUP, "stop": 0}), "are none"),
@@ -152,8 +189,23 @@ GROUP = {"kind": "group", "block_list": "blocks", "start": 0, "stop": 4, "cells"
     ],
 )
 def test_wrong_plans_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(PlanError, match=message) as caught:
         Plan.from_dict(plan_dict(**changes))
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("missing", ["asked", "units", "predicted", "certificate", "model"])
+def test_what_is_required_is_missed(missing: str) -> None:
+    data = plan_dict()
+    del data[missing]
+    with pytest.raises(PlanError, match=missing):
+        Plan.from_dict(data)
+
+
+def test_options_that_a_plan_was_asked_with_come_back() -> None:
+    asked = Options(solver="dp", units="groups", forced=(2,), max_gap=3, predictor="published")
+    plan = Plan.from_dict(plan_dict(asked=asked))
+    assert Plan.from_dict(plan.to_dict()).asked == asked
 
 
 @settings(max_examples=60, deadline=None)
@@ -218,49 +270,4 @@ def test_budgets_that_cannot_be_read(value: Any) -> None:
 def test_the_file_is_plain_json_without_nan(tmp_path: Path) -> None:
     Plan.from_dict(plan_dict()).save(tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text())
-    assert data["units"][0]["cells"] == "##1#20"
-
-
-STEP_TAPS = {"kind": "step", "cells": "##1#1#", "taps": [[], [], [], [0.9, -0.2], [], [1.1]]}
-
-
-def tapped(**changes: object) -> dict[str, object]:
-    data = plan_dict(units=[STEP_TAPS | changes])
-    return data | {"schema_version": 2}
-
-
-def test_taps_are_resolved_to_steps_and_round_trip(tmp_path: Path) -> None:
-    plan = Plan.from_dict(tapped())
-    schedule = plan.schedules["step"]
-    assert schedule.taps == ((), (), (), ((1, 0.9), (0, -0.2)), (), ((3, 1.1),))
-    assert not any(schedule.weight)
-    # Step 1 is repeated at step 2 and read by step 3; of step 3 a mean is repeated at step 4.
-    assert schedule.last_use == (3, 3, -1, 5, -1, -1)
-    assert schedule.last_mixed == (-1, -1, -1, 4, -1, -1)
-    assert [schedule.stored_at(step) for step in range(6)] == [1, 2, 2, 4, 2, 1]
-    plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == plan
-    assert "multistep" in plan.summary()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"gains": [0.0] * 6}, "taps stand in the step unit only, and instead of gains"),
-        ({"taps": [[]] * 5}, "5 lists of taps for 6 cells"),
-        ({"taps": [[0.1], [], [], [], [], []]}, r"taps\[0\] has 1 coefficients.*0 can be"),
-        ({"taps": [[], [], [0.1], [], [], []]}, r"taps\[2\] has 1 coefficients.*0 can be"),
-        ({"taps": [[], [0.1, 0.2], [], [], [], []]}, r"taps\[1\] has 2 coefficients.*1 can be"),
-        ({"taps": [[], [1e39], [], [], [], []]}, r"taps\[1\] add up to 1e\+39"),
-        ({"taps": [[], [], [], [1.7e308, 1.7e308], [], []]}, r"taps\[3\] add up to inf"),
-        ({"taps": [[], [float("inf")], [], [], [], []]}, "finite"),
-    ],
-)
-def test_wrong_taps_are_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        Plan.from_dict(tapped(**changes))
-
-
-def test_taps_need_the_version_that_has_them() -> None:
-    with pytest.raises(PlanError, match="units with taps are of version 2"):
-        Plan.from_dict(tapped() | {"schema_version": 1})
+    assert data["units"][0]["cells"] == "##0#00"

@@ -19,7 +19,9 @@ from layercache import (
     compile_plan,
 )
 from layercache.calibration import calibrate
-from layercache.refine import _ClosedLoop, refine_plan
+from layercache.refine import ClosedLoop, Truth, refine_plan
+from layercache.runtime import StepExecutor
+from layercache.verify import verify
 from tests.tiny import tiny_arguments, tiny_pipeline
 
 PROMPTS = ["a large red ring", "a small blue square", "a green circle"]
@@ -71,33 +73,42 @@ def always_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layercache.refine._psnr", lambda *_: next(values))
 
 
+def run_alone(loop: ClosedLoop, velocities: Any, sigmas: Any) -> tuple[list[Any], Any]:
+    """Means and the last latent of a loop that runs without a pipeline."""
+    sample, means = torch.zeros(3, len(velocities[0][0]), dtype=torch.float64), []
+    for step in loop.visited:
+        loop.sample = sample
+        means.append(loop.compute(step, velocities[step]))
+        stop = loop.after(step)
+        sample = loop.move(sample, means[-1], step, stop)
+        loop.finish(stop - 1)
+    return means, sample
+
+
+def truth_of(latents: Any, plan: Plan) -> Truth:
+    return Truth(dict(enumerate(latents)), np.diff(plan.sigmas))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("share", [0.35, 0.5, 0.8])
-@pytest.mark.parametrize("gains", ["trajectory", "multistep"])
+@pytest.mark.parametrize("units", [("step",), ("step", "groups"), ("groups",)])
 def test_the_taps_give_the_mean_velocities_of_the_loop(
-    stats: CalibrationStats, depth: int, share: float, gains: str
+    stats: CalibrationStats, depth: int, share: float, units: tuple[str, ...]
 ) -> None:
-    plan = compile_plan(stats, share, units=("step",), gains=gains)
-    unit = plan.step_unit
-    assert unit is not None
+    plan = compile_plan(stats, share, units=units)
     rng = np.random.default_rng(0)
     velocities = torch.tensor(rng.standard_normal((STEPS, 3, 8)))
-    truth = {step: rng.standard_normal((3, 8)) for step in range(STEPS + 1)}
-    loop = _ClosedLoop(plan, unit, depth, truth)
-    sample, used = torch.zeros(3, 8, dtype=torch.float64), []
-    for step in range(STEPS):
-        used.append(loop.on_step(step, velocities[step], sample))
-        sample = sample + (plan.sigmas[step + 1] - plan.sigmas[step]) * used[-1]
+    truth = truth_of(rng.standard_normal((STEPS + 1, 3, 8)), plan)
+    loop = ClosedLoop(plan, stats, depth, truth)
+    used, _ = run_alone(loop, velocities, plan.sigmas)
     row = loop.row()
-    assert row.taps is not None and max(map(len, row.taps)) <= depth
-    computed: list[int] = []
-    for step, symbol in enumerate(row.cells):
-        if symbol == "#":
-            wanted = velocities[step].clone()
-            for tap, earlier in zip(row.taps[step], reversed(computed), strict=False):
-                wanted += tap * (velocities[step] - velocities[earlier])
-            computed.append(step)
-        torch.testing.assert_close(used[step], wanted)
+    assert row.taps is not None and 0 < max(map(len, row.taps)) <= depth
+    # The row, read back by the executor that plans are run with.
+    again: StepExecutor[Any] = StepExecutor(row.schedule(plan.sigmas), plan.sigmas)
+    for mean, step in zip(used, again.visited, strict=True):
+        torch.testing.assert_close(mean, again.compute(step, velocities[step]))
+        again.finish(again.after(step) - 1)
+    assert loop.held == []
 
 
 def test_a_fit_without_error_brings_the_run_back_to_the_uncached_one(
@@ -105,20 +116,15 @@ def test_a_fit_without_error_brings_the_run_back_to_the_uncached_one(
 ) -> None:
     """If the truth can be reached with the velocities at hand, the loop finds out how."""
     plan = compile_plan(stats, 0.5, units=("step",))
-    unit = plan.step_unit
-    assert unit is not None
     rng = np.random.default_rng(1)
     start, slope = rng.standard_normal((2, 3, 50))
-    velocity = {s: start + plan.sigmas[s] * slope for s in range(STEPS)}
-    truth = {0: np.zeros((3, 50))}
+    velocity = [start + plan.sigmas[s] * slope for s in range(STEPS)]
+    latents = [np.zeros((3, 50))]
     for s in range(STEPS):
-        truth[s + 1] = truth[s] + (plan.sigmas[s + 1] - plan.sigmas[s]) * velocity[s]
-    loop = _ClosedLoop(plan, unit, 4, truth)
-    sample = torch.zeros(3, 50, dtype=torch.float64)
-    for s in range(STEPS):
-        used = loop.on_step(s, torch.tensor(velocity[s]), sample)
-        sample = sample + (plan.sigmas[s + 1] - plan.sigmas[s]) * used
-    np.testing.assert_allclose(sample.numpy(), truth[STEPS], atol=1e-3)
+        latents.append(latents[s] + (plan.sigmas[s + 1] - plan.sigmas[s]) * velocity[s])
+    loop = ClosedLoop(plan, stats, 4, truth_of(latents, plan))
+    _, sample = run_alone(loop, [torch.tensor(v) for v in velocity], plan.sigmas)
+    np.testing.assert_allclose(sample.numpy(), latents[STEPS], atol=1e-3)
 
 
 def test_what_runs_before_the_first_skipped_step_is_untouched(
@@ -147,18 +153,20 @@ def test_figures_are_those_of_the_new_rows(stats: CalibrationStats, always_kept:
     plan = compile_plan(stats, 0.4, units=("step",))
     refined = refine(stats, plan)
     assert refined.provenance["refined"]["kept"]
-    assert refined.certificate.objective >= plan.certificate.lower_bound
+    verify(stats, refined)
     assert refined.predicted.psnr_db != plan.predicted.psnr_db
     held = refined.cache_bytes({}, stats.velocity_bytes, stats.output_bytes)
     assert refined.predicted.cache_bytes == held
 
 
-@pytest.mark.parametrize("options", [{"units": ("groups",)}, {"gains": "none"}])
-def test_a_plan_without_predicted_steps_is_refused(
+@pytest.mark.parametrize(
+    "options", [{"predictor": "published"}, {"predictor": "reuse"}, {"budget": 1.0}]
+)
+def test_a_plan_without_fitted_predictions_is_refused(
     stats: CalibrationStats, options: dict[str, Any]
 ) -> None:
-    plan = compile_plan(stats, 0.7, **options)
-    with pytest.raises(LayerCacheError, match="this plan has nothing to refine: it needs"):
+    plan = compile_plan(stats, **({"budget": 0.7} | options))
+    with pytest.raises(LayerCacheError, match="nothing to refine"):
         refine(stats, plan)
 
 
@@ -177,10 +185,69 @@ def test_another_number_of_steps_is_refused(stats: CalibrationStats) -> None:
 
 
 def test_a_memory_limit_of_the_plan_is_kept(stats: CalibrationStats, always_kept: None) -> None:
-    plan = compile_plan(stats, 0.5, units=("step",), gains="trajectory", history=1)
-    limit = plan.predicted.cache_bytes
-    # The same plan, which may now use more earlier outputs than it has the memory for.
-    asked = plan.provenance | {"max_cache_bytes": limit}
-    limited = plan.model_copy(update={"provenance": asked})
-    assert refine(stats, limited).predicted.cache_bytes <= limit
-    assert refine(stats, plan).predicted.cache_bytes > limit
+    free = compile_plan(stats, 0.5, units=("step",))
+    limit = stats.output_bytes + 3 * stats.velocity_bytes
+    plan = compile_plan(stats, 0.5, units=("step",), max_cache_bytes=limit)
+    assert plan.predicted.cache_bytes <= limit < free.predicted.cache_bytes
+    assert refine(stats, plan).predicted.cache_bytes <= limit
+    assert refine(stats, free).predicted.cache_bytes > limit
+
+
+@pytest.mark.parametrize("units", [("step",), ("groups",), ("step", "groups")])
+def test_a_refined_plan_is_run_as_the_loop_ran(
+    stats: CalibrationStats, always_kept: None, units: tuple[str, ...]
+) -> None:
+    """Velocities that the scheduler gets under the refined plan are those of the fit."""
+    from layercache.models.stepping import tapped_step
+    from layercache.runtime import apply_plan
+
+    means: list[torch.Tensor] = []
+    original = ClosedLoop.compute
+
+    def watching(self: ClosedLoop, step: int, velocity: torch.Tensor) -> Any:
+        if step == 0:
+            means.clear()
+        means.append(original(self, step, velocity))
+        return means[-1]
+
+    plan = compile_plan(stats, 0.6, units=units)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClosedLoop, "compute", watching)
+        refined = refine(stats, plan)
+    verify(stats, refined)
+    pipe, seen = tiny_pipeline(), {}
+
+    def note(index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        seen[index] = velocity
+        return velocity
+
+    from layercache.calibration.prompts import batches
+    from layercache.models.pipelines import run_pipeline
+
+    (batch,) = batches(PROMPTS, 0, 3, tiny_arguments() | {"num_inference_steps": STEPS})
+    with torch.no_grad(), tapped_step(pipe.scheduler, note), apply_plan(pipe, refined):
+        run_pipeline(pipe, batch.arguments)
+    visited = [step for step, run in enumerate(refined.run_steps) if run]
+    for mean, step in zip(means, visited, strict=True):
+        torch.testing.assert_close(seen[step], mean, rtol=1e-4, atol=1e-4)
+
+
+def test_refining_under_another_sampler(always_kept: None) -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    def pipeline() -> Any:
+        pipe = tiny_pipeline()
+        pipe.scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+        return pipe
+
+    found = calibrate(
+        pipeline(), PROMPTS, num_inference_steps=STEPS, groups=2, lags=3, batch_size=3,
+        call_kwargs=tiny_arguments(), progress=False,
+    )  # fmt: skip
+    plan = compile_plan(found, 0.6, units=("step",))
+    refined = refine_plan(pipeline(), plan, found, PROMPTS, call_kwargs=tiny_arguments())
+    verify(found, refined)
+    assert refined.units != plan.units
+    assert refined.run_steps == plan.run_steps

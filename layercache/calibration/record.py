@@ -55,8 +55,8 @@ class Run:
         calls: (T,) the calls of each step.
         velocities: (T,) the guided outputs, on the CPU.
         latents: (T+1,) what the scheduler received at each step, and the last that it made.
-        primed: Whether the first step has to be computed, and its output dropped, before later ones
-            can be: the model keeps keys and values of it.
+        primed: Whether the first step has to be computed again before later ones can be: the model
+            keeps keys and values of it.
         live: Which elements of the latent the scheduler moves and the pipeline hands on; the others
             are the pipeline's own (an inpainted background, a first frame).
     """

@@ -60,10 +60,9 @@ class Reenactment:
 
     def called(self, at: At, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of a known step."""
-        if at.step >= self.known:
+        primes = at.step == 0 and self.run.primed and self.known < self.run.steps
+        if at.step >= self.known or primes:
             return inner(*args, **kwargs)
-        if at.step == 0 and self.run.primed and self.known < self.run.steps:
-            inner(*args, **kwargs)
         kept = self.run.kept
         key = (at.step, at.number, self.replay)
         if at.step in self.stale:

@@ -94,7 +94,9 @@ class ResidualMeter:
             return
         for name, tensor in self.outputs.items():
             delta = finite(tensor - self._segment[name].to(tensor.device))
-            self._sum[name] = finite(self._sum[name] + delta) if name in self._sum else delta
+            self._sum[name] = (
+                finite(self._sum[name].to(delta.device) + delta) if name in self._sum else delta
+            )
         for name in set(self._sum) - set(self.outputs):
             # The last block no longer returns this stream, so nobody reads it from here on.
             del self._sum[name]

@@ -11,15 +11,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layercache.models.patching import wrap_method
+
+_EULER = 1e-4
 
 StepFunction = Callable[[int, Tensor, Tensor], Tensor | None]
 """(step index, guided model output, sample before the step) to the output that is to be used.
 
 `None` means that no step is taken: the pipeline gets its sample back as it was.
 """
+
+
+MoveFunction = Callable[[Tensor, Tensor, Any], Tensor | None]
+"""(output that was used, sample before, what `step` returned) to the sample to return instead.
+
+`None` leaves what was returned as it is.
+"""
+
+
+class Stepped(tuple[Tensor, ...]):
+    """What a scheduler returns, in either of diffusers' forms, around another sample than its own.
+
+    Attributes:
+        used: The model output that the scheduler received.
+    """
+
+    used: Tensor
+
+    @property
+    def prev_sample(self) -> Tensor:
+        return self[0]
 
 
 class _Unmoved(tuple[Tensor]):
@@ -86,8 +110,13 @@ def tapped_step(scheduler: Any, function: StepFunction) -> Iterator[None]:
         restore()
 
 
-def tap_step(scheduler: Any, function: StepFunction) -> Callable[[], None]:
-    """As `tapped_step`, but returns the function that removes the tap."""
+def tap_step(
+    scheduler: Any, function: StepFunction, move: MoveFunction | None = None
+) -> Callable[[], None]:
+    """As `tapped_step`, but returns the function that removes the tap.
+
+    `move` may put another sample in the place of what the scheduler made.
+    """
 
     def step(
         inner: Callable[..., Any],
@@ -100,6 +129,48 @@ def tap_step(scheduler: Any, function: StepFunction) -> Callable[[], None]:
         output = function(step_index(scheduler), model_output, sample)
         if output is None:
             return _Unmoved((sample,))
-        return inner(output, timestep, sample, *args, **kwargs)
+        result = inner(output, timestep, sample, *args, **kwargs)
+        if move is None:
+            return result
+        used = result.used if isinstance(result, Stepped) else output
+        moved = move(used, sample, result)
+        if moved is None:
+            return result
+        stepped = Stepped((moved,))
+        stepped.used = used
+        return stepped
 
     return wrap_method(scheduler, "step", step)
+
+
+def solver_of(scheduler: Any) -> str:
+    """How a scheduler moves the latent: `"euler"`, `"noisy"` or `"other"`.
+
+    Found out on a copy, which steps through the schedule that is set on a handful of numbers:
+    `"euler"` moves by (sigma_{t+1} - sigma_t) v_t, `"noisy"` draws random numbers. One that cannot
+    be tried out like that counts as Euler's, which is left to itself.
+    """
+    trial = copy.deepcopy(scheduler)
+    generator = torch.Generator().manual_seed(0)
+    solver = "euler"
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        try:
+            for name in ("sigmas", "timesteps"):
+                setattr(trial, name, getattr(trial, name).cpu())
+            # From the start, also where the run is to begin late.
+            for name, value in (("_step_index", None), ("_begin_index", 0)):
+                if hasattr(trial, name):
+                    setattr(trial, name, value)
+            sigmas = trial.sigmas.tolist()
+            sample = torch.randn(1, 4, 2, 2, generator=generator)
+            for index, timestep in enumerate(trial.timesteps):
+                velocity = torch.randn(sample.shape, generator=generator)
+                expected = sample + (sigmas[index + 1] - sigmas[index]) * velocity
+                # Of the class, since what was put on an instance may act on another one.
+                sample = moved_sample(type(trial).step(trial, velocity, timestep, sample))
+                if not torch.allclose(sample, expected, atol=_EULER):
+                    solver = "other"
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
+            return "euler"
+        return solver if torch.equal(before, torch.get_rng_state()) else "noisy"

@@ -17,21 +17,21 @@ from layercache.runtime.session import OnMismatch
 
 
 def apply_plan(
-    pipe: Any, plan: Plan, *, component: str = "transformer", on_mismatch: OnMismatch = "error"
+    pipe: Any, plan: Plan, *, component: str | None = None, on_mismatch: OnMismatch = "error"
 ) -> PlanRun:
     """Put a plan on a pipeline.
 
     The pipeline is called as before. At every step the units that the plan computes run as they
-    are, the others are predicted: a group of blocks adds `r_a + w (r_a - r_b)` to its input for
-    every stream, a skipped step hands `v_a + w (v_a - v_b)` to the scheduler, or, in multistep
-    rows, what the last computed step handed on. A plan that computes every cell gives bit-identical
-    images.
+    are, the others are predicted from what was computed before: a group of blocks adds
+    `r_a + sum_h b_h (r_a - r_{a_h})` to its input for every stream, and from a computed step to the
+    next the latent makes one move, by `m_a = u_a + sum_h b_h (u_a - u_{a_h})`. A plan that computes
+    every cell, without taps, gives bit-identical images.
 
     Args:
         pipe: A diffusers pipeline with a supported transformer and a scheduler that has `sigmas`.
         plan: A `Plan` for this transformer.
-        component: Which attribute of the pipeline the plan is for. A pipeline with two experts
-            takes one plan each.
+        component: Which attribute of the pipeline the plan is for, if not the plan's own
+            `component`. A pipeline with two experts takes one plan each.
         on_mismatch: What to do with a run whose noise levels are not the plan's (tolerance
             1e-4): `"error"` raises, `"compute"` computes the run in full, with one warning.
 
@@ -60,6 +60,7 @@ def apply_plan(
         )
     if on_mismatch not in ("error", "compute"):
         raise LayerCacheError(f'on_mismatch={on_mismatch!r}; it is "error" or "compute"')
+    component = plan.component if component is None else component
     transformer = getattr(pipe, component, None)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedModelError(

@@ -8,60 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HALF_MAX = torch.finfo(torch.float16).max
+from layercache.models.tensors import finite
 
 
-def predict(anchor: Tensor, base: Tensor | None, weight: float) -> Tensor:
-    """`anchor + weight (anchor - base)`, or the anchor itself where there is nothing to add.
+def affine(value: Tensor, earlier: Sequence[Tensor], taps: Sequence[float]) -> Tensor:
+    """`value + sum of taps (value - other)`, accumulated in float32 at least.
 
-    One `lerp`: it reads both tensors once and, in half precision, accumulates in float32.
+    The value itself where there is nothing to add. One tap is one `lerp`, which reads both tensors
+    once and accumulates in float32 by itself.
     """
-    if base is None or weight == 0.0:
-        return anchor
-    return _finite(torch.lerp(base, anchor, 1.0 + weight))
-
-
-def mean_velocity(value: Tensor, others: Sequence[Tensor], taps: Sequence[float]) -> Tensor:
-    """`value + sum of taps (value - other)`, accumulated in float32 at least."""
+    if not taps:
+        return value
+    if len(taps) == 1:
+        return finite(torch.lerp(earlier[0].to(value), value, 1.0 + taps[0]))
     wide = torch.promote_types(value.dtype, torch.float32)
     result = value.to(wide) * (1.0 + sum(taps))
-    for other, tap in zip(others, taps, strict=True):
+    for other, tap in zip(earlier, taps, strict=True):
         result = result.add_(other.to(result), alpha=-tap)
-    return _finite(result.to(value.dtype))
-
-
-def difference(after: Tensor, before: Tensor) -> Tensor:
-    """`after - before`, on the device of `after`."""
-    return _finite(after - before.to(after.device))
+    return finite(result.to(value.dtype))
 
 
 def add(stream: Tensor, residual: Tensor) -> Tensor:
     """`stream + residual`, in the dtype of the stream and on the device of the residual."""
-    return _finite(stream.to(residual.device) + residual.to(stream.dtype))
-
-
-def copied(output: Any) -> Any:
-    """A model output of the same type whose tensors are detached copies."""
-    if isinstance(output, Tensor):
-        return output.detach().clone()
-    if isinstance(output, dict):
-        # diffusers' outputs are dataclasses that are dictionaries too.
-        return type(output)(**{key: copied(value) for key, value in output.items()})
-    if isinstance(output, (tuple, list)):
-        values = [copied(value) for value in output]
-        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
-    return output
-
-
-def tensor_bytes(output: Any) -> int:
-    """Bytes of all tensors in a model output."""
-    if isinstance(output, Tensor):
-        return output.nbytes
-    if isinstance(output, dict):
-        return sum(tensor_bytes(value) for value in output.values())
-    if isinstance(output, (tuple, list)):
-        return sum(tensor_bytes(value) for value in output)
-    return 0
+    return finite(stream.to(residual.device) + residual.to(stream.dtype))
 
 
 def signature(args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -87,10 +56,3 @@ def _described(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_described(item) for item in value)
     return None
-
-
-def _finite(value: Tensor) -> Tensor:
-    # float16 ends at 65504, which large models reach; the models clip there themselves.
-    if value.dtype is torch.float16:
-        return value.clamp_(-_HALF_MAX, _HALF_MAX)
-    return value

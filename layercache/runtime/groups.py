@@ -1,12 +1,11 @@
 """One group of blocks: measures its residual where it is computed, adds it where it is predicted.
 
-The reference is: *the predicted residual, added to what the model itself would add*. Models may
-add to the streams between two blocks (a ControlNet, a text that is appended again). Those additions
-are not part of the residual, since the model repeats them when the group is skipped:
+At a cached cell t with anchor a, for every stream and branch by itself,
 
-    r = sum over uninterrupted segments of (last output - first input)
+    r_t = r_a + sum_h b_h (r_a - r_{a_h}),
 
-which is the tail's output minus the head's input when nothing is injected.
+the pairs (a_h, b_h) from the plan. The reference is: *the predicted residual, added to what the
+model itself would add* between its blocks (`models.measuring`).
 """
 
 from __future__ import annotations
@@ -16,23 +15,18 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from layercache.errors import UnsupportedModelError
-from layercache.models.adapters import (
-    BlockList,
-    check_shapes,
-    read_outputs,
-    read_streams,
-    write_outputs,
-)
+from layercache.models.adapters import BlockList, read_streams, write_outputs
 from layercache.models.gates import Call, Handler
+from layercache.models.measuring import ResidualMeter, Streams
+from layercache.models.tensors import tensor_bytes
 from layercache.plan import Schedule
-from layercache.runtime.arithmetic import add, difference, predict
+from layercache.runtime.arithmetic import add, affine
 from layercache.runtime.offloading import Transfers, shared_transfers
 from layercache.runtime.timing import Clock, Mark
 
-Streams = dict[str, Tensor]
 Branch = tuple[str | None, int]
 """Name of the cache context and ordinal of the call under that name within one step."""
 
@@ -66,7 +60,7 @@ class GroupRunner:
         self.first, self.stop = span
         self.gated = any(schedule.cached)
         self.held_bytes = 0
-        self.bytes_per_refresh: dict[Branch, int] = {}
+        self.bytes_per_value: dict[Branch, int] = {}
         self.peak_bytes: dict[Branch, int] = {}
         self.marks: tuple[Mark, Mark] = (None, None)
         self.transfers: Transfers = {}
@@ -80,16 +74,13 @@ class GroupRunner:
         self._residual: Streams = {}
         self._position = -1
         self._calls = 0
-        self._segment: Streams | None = None
-        self._last: Streams = {}
-        self._versions: dict[str, int | None] = {}
-        self._sum: Streams = {}
+        self._meter: ResidualMeter | None = None
 
     # -- decisions, once per forward -----------------------------------------------------------
 
     def begin_run(self, blocks: Sequence[nn.Module]) -> None:
         """Start counting bytes anew; the model's offloading may have changed since the last run."""
-        self.bytes_per_refresh.clear()
+        self.bytes_per_value.clear()
         self.peak_bytes.clear()
         if self.gated:
             self.transfers = shared_transfers(blocks, self.first, self.stop)
@@ -98,30 +89,32 @@ class GroupRunner:
         """Set what the blocks do in this forward."""
         schedule = self.schedule
         self._step, self._branch = step, branch
-        self._position, self._calls, self._segment = -1, 0, None
-        self._last, self._sum, self._residual = {}, {}, {}
+        self._position, self._calls = -1, 0
+        self.cancel()
         self.marks = (None, None)
-        self._mode = Mode.COMPUTE
-        if schedule.refresh[step]:
-            if schedule.last_use[step] > step:
-                self._mode = Mode.STORE
+        if schedule.last_use[step] > step:
+            self._mode = Mode.STORE
+            self._meter = ResidualMeter(self._block_list)
         elif schedule.cached[step]:
-            held = self._held.get(branch, {})
-            weight = schedule.weight[step]
-            anchor = held.get(schedule.anchor[step])
-            base = held.get(schedule.base[step]) if weight else None
-            if anchor is None or (weight and base is None):
-                self._on_problem(f"{self.name}: what step {step} predicts from was not stored")
-                return
-            base = base or {}
-            self._residual = {n: predict(r, base.get(n), weight) for n, r in anchor.items()}
-            self._mode = Mode.PREDICT
+            self._predict(self._held.get(branch, {}))
+
+    def _predict(self, held: dict[int, Streams]) -> None:
+        anchor, reads = self.schedule.anchor[self._step], self.schedule.reads[self._step]
+        if any(source not in held for source in (anchor, *(source for source, _ in reads))):
+            self._on_problem(f"{self.name}: what step {self._step} predicts from was not stored")
+            return
+        for name, residual in held[anchor].items():
+            # A stream that an earlier value lacks is not read by it either.
+            pairs = [(held[s][name], tap) for s, tap in reads if name in held[s]]
+            earlier = [tensor for tensor, _ in pairs]
+            self._residual[name] = affine(residual, earlier, [tap for _, tap in pairs])
+        self._mode = Mode.PREDICT
 
     def end(self) -> bool | None:
         """Close the forward: True if it computed the group, False if predicted, None if not run."""
         mode, called = self._mode, self._calls > 0
-        if mode is Mode.STORE and called:
-            self._store()
+        if self._meter is not None and called:
+            self._store(self._meter)
         self.cancel()
         if not called:
             return None
@@ -130,7 +123,7 @@ class GroupRunner:
     def cancel(self) -> None:
         """Forget the forward under way; the blocks compute as if there were no plan."""
         self._mode = Mode.COMPUTE
-        self._segment, self._last, self._sum, self._residual = None, {}, {}, {}
+        self._meter, self._residual = None, {}
 
     # -- the blocks ----------------------------------------------------------------------------
 
@@ -179,8 +172,8 @@ class GroupRunner:
                 f"{self._position} in one forward; blocks of a group must run once, in order"
             )
         self._position = position
-        if self._mode is Mode.STORE:
-            return self._measured(block, inner, args, kwargs)
+        if self._meter is not None:
+            return self._meter.run(block, inner, args, kwargs)
         if self.transfers and position in self.transfers:
             self.transfers[position]()
         return self._predicted(block, inner, args, kwargs)
@@ -202,80 +195,23 @@ class GroupRunner:
             self._residual = {}
         return write_outputs(self._block_list, block, streams)
 
-    def _measured(
-        self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        streams = read_streams(self._block_list, block, args, kwargs)
-        if self._segment is None:
-            self._segment = streams
-        elif not self._continues(streams):
-            self._close_segment()
-            self._segment = streams
-        versions = {name: _version(tensor) for name, tensor in streams.items()}
-        output = inner(*args, **kwargs)
-        self._last = read_outputs(self._block_list, output)
-        self._check(block, streams, versions)
-        self._versions = {name: _version(tensor) for name, tensor in self._last.items()}
-        if self._block_list.in_place or None in self._versions.values():
-            self._close_segment()
-        return output
-
-    def _continues(self, streams: Streams) -> bool:
-        """Whether a block's inputs are the outputs of the block before, unchanged."""
-        for name, tensor in self._last.items():
-            given = streams.get(name)
-            if given is tensor and _version(given) != self._versions[name]:
-                raise UnsupportedModelError(
-                    f"something wrote into the output {name!r} of a block of "
-                    f"{self._block_list.name!r} before the next block ran: declare the list with "
-                    "in_place=True in its adapter"
-                )
-            if given is not tensor:
-                return False
-        return True
-
-    def _check(self, block: nn.Module, streams: Streams, versions: dict[str, int | None]) -> None:
-        check_shapes(block, streams, self._last)
-        for name, version in versions.items():
-            if _version(streams[name]) != version:
-                raise UnsupportedModelError(
-                    f"{type(block).__name__} writes into its own input {name!r}, so the group's "
-                    "residual cannot be measured: such a model is not supported"
-                )
-
-    def _close_segment(self) -> None:
-        if self._segment is None:
-            return
-        for name, tensor in self._last.items():
-            delta = difference(tensor, self._segment[name])
-            if name in self._sum:
-                delta = add(self._sum[name], delta)
-            self._sum[name] = delta
-        for name in set(self._sum) - set(self._last):
-            # The last block no longer returns this stream, so nobody reads it from here on.
-            del self._sum[name]
-        self._segment = None
-
     # -- what is held --------------------------------------------------------------------------
 
-    def _store(self) -> None:
-        self._close_segment()
-        size = sum(tensor.nbytes for tensor in self._sum.values())
-        self._held.setdefault(self._branch, {})[self._step] = {
-            name: tensor.detach() for name, tensor in self._sum.items()
-        }
-        self.bytes_per_refresh[self._branch] = size
+    def _store(self, meter: ResidualMeter) -> None:
+        value = {name: tensor.detach() for name, tensor in meter.residual().items()}
+        held = self._held.setdefault(self._branch, {})
+        held[self._step] = value
+        size = tensor_bytes(value)
+        self.bytes_per_value[self._branch] = size
         self.held_bytes += size
-        held = sum(
-            t.nbytes for streams in self._held[self._branch].values() for t in streams.values()
-        )
-        self.peak_bytes[self._branch] = max(self.peak_bytes.get(self._branch, 0), held)
+        peak = max(self.peak_bytes.get(self._branch, 0), tensor_bytes(list(held.values())))
+        self.peak_bytes[self._branch] = peak
 
     def finish_step(self, step: int) -> None:
         """Free what no step after `step` reads."""
         for held in self._held.values():
             for stored in [s for s in held if self.schedule.last_use[s] <= step]:
-                self.held_bytes -= sum(tensor.nbytes for tensor in held.pop(stored).values())
+                self.held_bytes -= tensor_bytes(held.pop(stored))
 
     def flush(self, branch: Branch | None = None) -> None:
         """Drop what is held, of one branch or of all."""
@@ -283,10 +219,4 @@ class GroupRunner:
             self._held.clear()
             self.held_bytes = 0
             return
-        for streams in self._held.pop(branch, {}).values():
-            self.held_bytes -= sum(tensor.nbytes for tensor in streams.values())
-
-
-def _version(tensor: Tensor) -> int | None:
-    # Tensors made under inference_mode do not count their changes.
-    return None if tensor.is_inference() else tensor._version
+        self.held_bytes -= tensor_bytes(self._held.pop(branch, {}))

@@ -21,7 +21,14 @@ from layercache.models.calling import call_setting, latent_shape
 from layercache.models.fingerprint import setting_of
 from layercache.models.gates import Call
 from layercache.models.patching import own_methods
-from layercache.models.stepping import sigmas_of, starts_anywhere, tap_step
+from layercache.models.stepping import (
+    Stepped,
+    moved_sample,
+    sigmas_of,
+    solver_of,
+    starts_anywhere,
+    tap_step,
+)
 from layercache.runtime.arithmetic import device_of, signature
 from layercache.runtime.groups import Branch, GroupRunner
 from layercache.runtime.position import Position, compare_sigmas
@@ -49,9 +56,14 @@ class Session:
         self._position = Position(self.scheduler, self.plan.sigmas)
         self._record = Record()
         unit = self.plan.step_unit
-        self._step_runner = (
-            StepRunner(self.plan.schedules[unit.name], self._note) if unit is not None else None
+        self.step_runner = (
+            StepRunner(self.plan.schedules[unit.name], self.plan.sigmas, self._note)
+            if unit is not None
+            else None
         )
+        # Found out when the first run begins and the scheduler has its timesteps.
+        self._solver = ""
+        self._step = -1
         self.groups: list[GroupRunner] = []
         self._blocks: dict[str, list[nn.Module]] = {}
         for group in self.plan.groups:
@@ -77,7 +89,7 @@ class Session:
         # What a shallow copy took over acts on what it was copied from.
         own_methods(self.pipe)
         own_methods(self.scheduler)
-        self._undo.append(tap_step(self.scheduler, self._guided))
+        self._undo.append(tap_step(self.scheduler, self._guided, self._moved))
         self._undo += self.run.watch(self.pipe)
 
     def remove(self) -> None:
@@ -113,7 +125,7 @@ class Session:
             self.flush(branch)
         if self._loop is None:
             self._loop = self.run.loops.innermost(self._left)
-        record, clock, runner = self._record, self._clock, self._step_runner
+        record, clock, runner = self._record, self._clock, self.step_runner
         record.held(self.held_bytes)
         clock.follow(device_of(args, kwargs))
         start = clock.mark()
@@ -172,8 +184,8 @@ class Session:
         self.run.begins(self)
         for group in self.groups:
             group.begin_run(self._blocks[group.name])
-        if self._step_runner is not None:
-            self._step_runner.begin_run()
+        if self.step_runner is not None:
+            self.step_runner.begin_run()
         self._signatures.clear()
         self._controlled = False
         first = self._record.runs == 0 and self is not self.run.main
@@ -187,6 +199,7 @@ class Session:
         if first or sigmas is self.scheduler.sigmas:
             self._record.steps_elsewhere |= steps
         self._unclaimed = (None, set())
+        self._solver = self._solver or solver_of(self.scheduler)
         self._controlled = self._matches(sigmas_of(self.scheduler))
         self._compare_setting(caller)
 
@@ -236,13 +249,14 @@ class Session:
     def _finish_step(self, step: int) -> None:
         for group in self.groups:
             group.finish_step(step)
-        if self._step_runner is not None:
-            self._step_runner.finish_step(step)
+        if self.step_runner is not None:
+            self.step_runner.finish_step(step)
 
     # -- the scheduler's step ------------------------------------------------------------------
 
     def _guided(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         self.run.check_root()
+        self._step = -1
         position, record = self._position, self._record
         called = position.under_way and bool(self._answered or self._computed)
         position.stepped()
@@ -250,12 +264,13 @@ class Session:
             self._stepped_elsewhere(index)
             return velocity
         result, step = velocity, position.step
+        self._step = step
         record.calls[step] = len(self._answered | self._computed)
         if len(record.calls) == 1:
             self._compare_shape(sample)
-        if self._step_runner is not None:
+        if self.step_runner is not None:
             record.velocity_bytes = velocity.nbytes
-            result = self._step_runner.guided(
+            result = self.step_runner.guided(
                 step, velocity, frozenset(self._answered), frozenset(self._computed)
             )
         record.held(self.held_bytes)
@@ -265,6 +280,24 @@ class Session:
         record.stepped()
         self._warn_at_end(step)
         return result
+
+    def _moved(self, used: Tensor, sample: Tensor, result: Any) -> Tensor | None:
+        """Where the plan moves the latent to instead of a scheduler that leans on steps before.
+
+        Its own step was made all the same, to keep its index; from the first skipped step on, what
+        it keeps of the steps before is not what it takes it for.
+        """
+        step, runner = self._step, self.step_runner
+        if runner is None or self._solver != "other" or step < runner.executor.first_pause:
+            return None
+        if isinstance(result, Stepped) and not self._record.calls.get(step):
+            # Another plan, of the model that made this step, has moved it.
+            return None
+        index = step - self._position.offset
+        # Not the plan's sigmas, since the scheduler's may rise.
+        length = float(self.scheduler.sigmas[index + 1] - self.scheduler.sigmas[index])
+        made = moved_sample(result)
+        return (sample.float() + length * used.float()).to(made)
 
     def _compare_shape(self, sample: Tensor) -> None:
         planned, here = self.plan.setting.get("latent_shape"), latent_shape(sample)
@@ -279,7 +312,7 @@ class Session:
                 steps = set()
             self._unclaimed = (self.scheduler.sigmas, steps | {index})
         elif self._controlled:
-            step = index + self._position.offset
+            self._step = step = index + self._position.offset
             self._record.steps_elsewhere.add(step)
             self._finish_step(step)
             self._warn_at_end(step)
@@ -290,14 +323,14 @@ class Session:
     def held_bytes(self) -> int:
         """Bytes of all tensors held now."""
         held = sum(group.held_bytes for group in self.groups)
-        return held + (self._step_runner.held_bytes if self._step_runner is not None else 0)
+        return held + (self.step_runner.held_bytes if self.step_runner is not None else 0)
 
     def flush(self, branch: Branch | None = None) -> None:
         """Drop what is held, of one branch or of all."""
         for group in self.groups:
             group.flush(branch)
-        if self._step_runner is not None:
-            self._step_runner.flush(branch)
+        if self.step_runner is not None:
+            self.step_runner.flush(branch)
 
     def _note(self, problem: str) -> None:
         self._record.problems[problem] += 1
@@ -308,7 +341,7 @@ class Session:
 
     def report(self, others: Counter[str], timed: bool = True) -> RunReport:
         """What the latest run did; `others` are calls by other pipelines, by class."""
-        return self._record.report(self.plan, self.groups, self._step_runner, others, timed)
+        return self._record.report(self.plan, self.groups, self.step_runner, others, timed)
 
 
 def differences(

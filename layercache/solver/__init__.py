@@ -10,7 +10,7 @@ from layercache.solver.problem import (
     ScheduleProblem,
     UnitCosts,
 )
-from layercache.solver.solution import ScheduleSolution, Solver, UnitSchedule
+from layercache.solver.solution import ScheduleSolution, Solver
 
 
 def _milp(problem: ScheduleProblem) -> ScheduleSolution:
@@ -30,5 +30,4 @@ __all__ = [
     "ScheduleSolution",
     "Solver",
     "UnitCosts",
-    "UnitSchedule",
 ]

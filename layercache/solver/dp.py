@@ -1,20 +1,15 @@
 """`dp`: exact per-unit fronts, joined by a multiple-choice knapsack.
 
 Without a step unit the objective is a sum over units, and the units meet only in the budget and the
-memory limit. `front.solve_fronts` gives each unit's least price for every number of refreshes (and,
-under a memory limit, for every depth of base), `knapsack.solve_knapsack` picks one point of each
-front. Both are exact, so the result is optimal and says so; should the knapsack run out of room,
-its certificate shows the gap.
+memory limit. `front.solve_fronts` gives each unit's least price for every time spent on it, and
+`knapsack.solve_knapsack` picks one point of each front. Both are exact, so the result is optimal
+and says so; should the knapsack run out of room, its certificate shows the gap.
 
-With a step unit the groups live on the steps that are run, so their fronts depend on which steps
-are skipped. Exact here: the best plan of all groups on the run steps of each step schedule that is
-tried; without groups, or with at most `steps.ALL_STEPS` steps, the whole problem. Heuristic: beyond
-that only the schedules of `steps.step_schedules` are tried, not all 2^(T-1). The lower bound
-(`bound.joint_bound`) covers all of them.
-
-With a step unit for each of several branches, one schedule of each is chosen. Exact: all groups of
-all branches, given these. Heuristic: which combinations are tried, namely all of them if they are
-few, else those that are best at some price per millisecond, for each of a geometric grid of prices.
+With a step unit the groups live on the steps that are computed, so their fronts depend on which
+steps are skipped. Exact here: the best plan of all groups on each step schedule that is tried;
+without groups, or with at most `ALL_STEPS` steps, the whole problem. Heuristic beyond that: only
+the step unit's own front is tried, which is right where groups are computed at every computed step.
+No bound is stated then, nor where milliseconds had to be rounded (`front.weigh`).
 
 What is tried does not depend on the budget, so many budgets share one pass, and a larger budget is
 never worse.
@@ -23,105 +18,37 @@ never worse.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from layercache.solver.bound import joint_bound
-from layercache.solver.front import Front, solve_fronts
+from layercache.solver.front import Front, Weights, solve_fronts, weigh
 from layercache.solver.knapsack import Choice, Options, least_cost, solve_knapsack
-from layercache.solver.problem import (
-    BoolArray,
-    Family,
-    FloatArray,
-    ScheduleProblem,
-    UnitCosts,
-    budget_error,
-)
-from layercache.solver.solution import ScheduleSolution, build_solution
-from layercache.solver.steps import ALL_STEPS, StepSchedule, step_schedules
+from layercache.solver.problem import BoolArray, FloatArray, ScheduleProblem, budget_error
+from layercache.solver.solution import ScheduleSolution, build_solution, price_of
 
-_ALL = 500
-"""Up to so many combinations of several branches' schedules, all are tried."""
-_PRICES, _SPREAD = 48, (1e-3, 1e3)
-"""Prices per millisecond at which combinations of several branches' schedules are formed: how many,
-and between which multiples of a typical one."""
+ALL_STEPS = 8
 
 
-class _FamilyFronts:
-    """The step schedules of one family, and the fronts of its groups on each of them."""
+@dataclass(frozen=True, eq=False)
+class _StepSchedule:
+    """Which steps are computed, what skipping the others is priced, and the bytes it reserves."""
 
-    def __init__(self, problem: ScheduleProblem, family: Family, depths: tuple[int, ...]) -> None:
-        self.problem, self.family, self.depths = problem, family, depths
-        self.step = None if family.step is None else problem.units[family.step]
-        self.groups = tuple(problem.units[group] for group in family.groups)
-        self.tables = (
-            _stack([problem.prices[group] for group in family.groups]) if self.groups else None
-        )
-        self._fronts: dict[int, tuple[tuple[Front, ...], list[Options]]] = {}
+    run: BoolArray
+    price: float
+    size: int
 
-    @cached_property
-    def schedules(self) -> tuple[StepSchedule, ...]:
-        """The schedules of the step unit that are tried, all steps run first."""
-        return step_schedules(self.problem, self.family, self.tables, self.depths)
 
-    def spent(self, index: int) -> float:
-        """Milliseconds of the step unit alone."""
-        run = int(self.schedules[index].run.sum())
-        return 0.0 if self.step is None else self.step.refresh_ms * run
+@dataclass(frozen=True, eq=False)
+class _GroupFront:
+    """A group's front on the computed steps of one step schedule."""
 
-    def options(self, index: int) -> list[Options]:
-        """The points of all groups' fronts on one step schedule; see `_front_options`."""
-        return self._solved(index)[1]
-
-    def least_ms(self, index: int) -> float:
-        """Smallest cost of one step schedule with its groups, however much they hold."""
-        options = self.options(index)
-        return self.spent(index) + (least_cost(options, np.inf) if options else 0.0)
-
-    def priced(self, prices_ms: FloatArray) -> FloatArray:
-        """(N, K) least price of each step schedule with its groups at K prices of a millisecond."""
-        rows = []
-        for index, schedule in enumerate(self.schedules):
-            row = schedule.price + prices_ms * self.spent(index)
-            for option in self.options(index):
-                row = row + (option.error[:, None] + prices_ms * option.cost[:, None]).min(axis=0)
-            rows.append(row)
-        return np.array(rows)
-
-    def caches(self, index: int, picks: Sequence[int]) -> bool:
-        """Whether any pick leaves a group uncomputed at a run step."""
-        count = int(self.schedules[index].run.sum())
-        return any(pick % (count + 1) != count for pick in picks)
-
-    def masks(self, index: int, picks: Sequence[int]) -> dict[int, tuple[BoolArray, int]]:
-        """Refreshed steps and depth of base of every unit of the family, by its position."""
-        schedule = self.schedules[index]
-        found: dict[int, tuple[BoolArray, int]] = {}
-        if self.family.step is not None:
-            found[self.family.step] = schedule.run, schedule.depth
-        run = np.flatnonzero(schedule.run)
-        for row, (group, pick) in enumerate(zip(self.family.groups, picks, strict=True)):
-            level, count = divmod(pick, len(run) + 1)
-            mask = np.zeros(self.problem.num_steps, dtype=bool)
-            mask[run[self._solved(index)[0][level].refreshes(row, count)]] = True
-            found[group] = mask, self.depths[level]
-        return found
-
-    def _solved(self, index: int) -> tuple[tuple[Front, ...], list[Options]]:
-        if self.tables is None:
-            return (), []
-        if index not in self._fronts:
-            tables = compress(self.tables, np.flatnonzero(self.schedules[index].run))
-            fronts = tuple(solve_fronts(tables, depth) for depth in self.depths)
-            options = [
-                _front_options(unit, [front.values[row] for front in fronts], self.depths)
-                for row, unit in enumerate(self.groups)
-            ]
-            self._fronts[index] = (fronts, options)
-        return self._fronts[index]
+    front: Front
+    row: int
+    weights: Weights
+    options: Options
 
 
 class DynamicProgramme:
@@ -134,52 +61,21 @@ class DynamicProgramme:
 
     def __init__(self, problem: ScheduleProblem) -> None:
         self.problem = problem
-        limited = problem.max_cache_bytes is not None
-        depths = tuple(range(problem.history + 1)) if limited else (problem.history,)
-        self._size_limit = np.inf if not limited else float(problem.max_cache_bytes or 0)
-        self._families = [_FamilyFronts(problem, family, depths) for family in problem.families]
-
-    @cached_property
-    def _all_combinations(self) -> bool:
-        counts = [len(part.schedules) for part in self._families]
-        return len(counts) == 1 or math.prod(counts) <= _ALL
-
-    @cached_property
-    def _combinations(self) -> tuple[tuple[int, ...], ...]:
-        """The step schedules that are tried, one of each family; all steps run first."""
-        if self._all_combinations:
-            return tuple(itertools.product(*(range(len(p.schedules)) for p in self._families)))
-        found = {tuple(0 for _ in self._families): True}
-        finite = np.concatenate([t[np.isfinite(t) & (t > 0)] for t in self.problem.prices])
-        typical_ms = np.mean([unit.refresh_ms for unit in self.problem.units]) or 1.0
-        typical = float(np.median(finite)) / typical_ms if len(finite) else 1.0
-        # The last price is that of milliseconds alone: the smallest feasible budget.
-        tables = [part.priced(typical * np.geomspace(*_SPREAD, _PRICES)) for part in self._families]
-        least = [
-            np.array([[part.least_ms(i)] for i in range(len(part.schedules))])
-            for part in self._families
-        ]
-        depths = [np.array([s.depth for s in part.schedules]) for part in self._families]
-        # A shallower schedule may be dearer and hold less, so every depth gets its own best.
-        for depth in range(self.problem.history + 1):
-            picks = [
-                np.where(deep[:, None] <= depth, np.hstack([table, cost]), np.inf).argmin(axis=0)
-                for table, cost, deep in zip(tables, least, depths, strict=True)
-            ]
-            found.update((tuple(int(k) for k in column), True) for column in np.transpose(picks))
-        return tuple(found)
+        limit = problem.max_cache_bytes
+        self._size_limit = np.inf if limit is None else float(limit)
+        self._fronts: dict[int, list[_GroupFront]] = {}
+        self._exact = True
 
     @cached_property
     def smallest_budget_ms(self) -> float:
         """The least budget that any schedule tried here can meet."""
         least = np.inf
-        for indices in self._combinations:
-            room = self._size_limit - sum(s.size for s in self._schedules(indices))
+        for index, schedule in enumerate(self._schedules):
+            room = self._size_limit - schedule.size
             if room < 0:
                 continue
-            spent = self._spent(indices)
-            options = self._options(indices)
-            least = min(least, spent + (least_cost(options, room) if options else 0.0))
+            options = [part.options for part in self._groups(index)]
+            least = min(least, self._spent(index) + (least_cost(options, room) if options else 0.0))
         return least
 
     def solve(self, budget_ms: float) -> ScheduleSolution:
@@ -191,10 +87,7 @@ class DynamicProgramme:
         return self.candidates(budget_ms, 1)[0]
 
     def candidates(self, budget_ms: float, count: int | None = None) -> list[ScheduleSolution]:
-        """For each number of run steps the best schedule, least objective first.
-
-        There may be two of one number: one that caches groups and one that does not. The lower
-        bound of each is that of the whole problem.
+        """For each number of computed steps the best schedule, least objective first.
 
         Args:
             budget_ms: The budget.
@@ -203,93 +96,128 @@ class DynamicProgramme:
         Raises:
             BudgetError: Nothing fits; the message gives the smallest feasible budget.
         """
-        least: dict[tuple[int, bool], tuple[float, tuple[int, ...], Choice]] = {}
+        least: dict[int, tuple[float, int, Choice]] = {}
         floor = np.inf
-        for indices in self._combinations:
-            schedules = self._schedules(indices)
-            price = sum(schedule.price for schedule in schedules)
+        for index, schedule in enumerate(self._schedules):
             # Prices of groups are not negative, so these schedules cannot win any more.
-            if count == 1 and any(price >= rival[0] for rival in least.values()):
+            if count == 1 and any(schedule.price >= rival[0] for rival in least.values()):
                 continue
-            choice = self._choose(indices, budget_ms)
+            choice = self._choose(index, budget_ms)
             if choice is None:
                 continue
-            run = sum(int(schedule.run.sum()) for schedule in schedules)
-            total, floor = price + choice.error, min(floor, price + choice.lower_bound)
-            kind = run, self._caches(indices, choice)
-            if kind not in least or total < least[kind][0]:
-                least[kind] = (total, indices, choice)
+            total = schedule.price + choice.error
+            floor = min(floor, schedule.price + choice.lower_bound)
+            number = int(schedule.run.sum())
+            if number not in least or total < least[number][0]:
+                least[number] = (total, index, choice)
         if not least:
             limited = self.problem.with_budget(budget_ms)
             raise budget_error(limited, self.smallest_budget_ms, proven=self._complete)
         ranked = sorted(least.values(), key=lambda entry: entry[:2])
-        bound = self._bound(budget_ms, ranked[0][0], floor)
+        bound = floor if self._complete else None
         return [
-            self._solution(indices, choice, budget_ms, bound)
-            for _, indices, choice in ranked[:count]
+            self._solution(index, choice, budget_ms, bound) for _, index, choice in ranked[:count]
         ]
 
     @property
     def _complete(self) -> bool:
         """Whether what is tried holds an optimum of the whole problem."""
-        if not any(part.step is not None and part.groups for part in self._families):
-            # No step unit governs groups: the fronts are exact and are searched whole.
-            return True
-        return self._all_combinations and self.problem.num_steps <= ALL_STEPS
+        problem = self.problem
+        joint = problem.step is not None and bool(problem.groups)
+        return self._exact and (not joint or problem.num_steps <= ALL_STEPS)
 
-    def _bound(self, budget_ms: float, total: float, floor: float) -> float:
-        """A lower bound of the whole problem, from the best objective and the best bound tried."""
-        if self._complete:
-            return floor
-        limit = self.problem.with_budget(budget_ms).budget_limit
-        return joint_bound(self.problem, [part.tables for part in self._families], limit, total)
+    @cached_property
+    def _schedules(self) -> list[_StepSchedule]:
+        """The schedules of the step unit that are tried, all steps computed first."""
+        problem, steps = self.problem, self.problem.num_steps
+        everything: BoolArray = np.ones(steps, dtype=bool)
+        found = [_StepSchedule(everything, 0.0, 0)]
+        if problem.step is None:
+            return found
+        unit, prices = problem.units[problem.step], problem.prices[problem.step]
+        masks: list[BoolArray]
+        if steps <= ALL_STEPS:
+            later = itertools.product((True, False), repeat=steps - 1)
+            masks = [np.array((True, *mask)) for mask in later]
+        else:
+            # What a skipped step saves is its whole cost, with all groups.
+            weights = self._weigh(sum(other.compute_ms for other in problem.units))
+            front = solve_fronts(prices[None], weights.parts)
+            counts = np.flatnonzero(np.isfinite(front.values[0]))[::-1]
+            masks = [front.computed(0, int(count)) for count in counts]
+        for mask in masks:
+            price = price_of(prices, mask, everything)
+            if np.isfinite(price) and not mask.all():
+                found.append(_StepSchedule(mask, price, unit.reserved(problem.history)))
+        return found
 
-    def _schedules(self, indices: Sequence[int]) -> list[StepSchedule]:
-        return [part.schedules[i] for part, i in zip(self._families, indices, strict=True)]
+    def _weigh(self, compute_ms: FloatArray) -> Weights:
+        weights = weigh(compute_ms)
+        self._exact &= weights.exact
+        return weights
 
-    def _options(self, indices: Sequence[int]) -> list[Options]:
-        parts = zip(self._families, indices, strict=True)
-        return [option for part, index in parts for option in part.options(index)]
-
-    def _spent(self, indices: Sequence[int]) -> float:
+    def _spent(self, index: int) -> float:
         """Milliseconds of everything but the groups."""
-        parts = zip(self._families, indices, strict=True)
-        return self.problem.fixed_ms + sum(part.spent(index) for part, index in parts)
+        problem, run = self.problem, self._schedules[index].run
+        own = 0.0 if problem.step is None else problem.units[problem.step].compute_ms[run].sum()
+        return problem.fixed_ms + float(own)
 
-    def _choose(self, indices: Sequence[int], budget_ms: float) -> Choice | None:
-        """The exact choice of all groups on the run steps of given step schedules."""
-        limit = self.problem.with_budget(budget_ms).budget_limit - self._spent(indices)
-        room = self._size_limit - sum(schedule.size for schedule in self._schedules(indices))
+    def _groups(self, index: int) -> list[_GroupFront]:
+        """The fronts of all groups on one step schedule."""
+        if index not in self._fronts:
+            run = np.flatnonzero(self._schedules[index].run)
+            units = [self.problem.units[group] for group in self.problem.groups]
+            weights = [self._weigh(unit.compute_ms[run]) for unit in units]
+            # Units of equal weights, and of equal tables, share one pass.
+            shared: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
+            tables = [
+                compress(self.problem.prices[group], run) for group in self.problem.groups
+            ]
+            for row, (weight, table) in enumerate(zip(weights, tables, strict=True)):
+                shared.setdefault((weight.parts.tobytes(), table.shape), []).append(row)
+            found: dict[int, _GroupFront] = {}
+            for rows in shared.values():
+                front = solve_fronts(
+                    np.stack([tables[row] for row in rows]), weights[rows[0]].parts
+                )
+                for place, row in enumerate(rows):
+                    options = self._options(row, front.values[place], weights[row])
+                    found[row] = _GroupFront(front, place, weights[row], options)
+            self._fronts[index] = [found[row] for row in range(len(units))]
+        return self._fronts[index]
+
+    def _options(self, row: int, values: FloatArray, weights: Weights) -> Options:
+        unit = self.problem.units[self.problem.groups[row]]
+        cost = np.arange(len(values)) * weights.part_ms
+        size = np.full(len(values), float(unit.reserved(self.problem.history)))
+        error = values.copy()
+        # All computed: nothing is cached and nothing is kept.
+        size[-1], error[-1] = 0.0, 0.0
+        return Options(cost=cost, size=size, error=error)
+
+    def _choose(self, index: int, budget_ms: float) -> Choice | None:
+        """The exact choice of all groups on the computed steps of a step schedule."""
+        limit = self.problem.with_budget(budget_ms).budget_limit - self._spent(index)
+        room = self._size_limit - self._schedules[index].size
         if limit < 0 or room < 0:
             return None
-        options = self._options(indices)
+        options = [part.options for part in self._groups(index)]
         return solve_knapsack(options, limit, room) if options else Choice((), 0.0, 0.0)
 
-    def _divided(
-        self, indices: Sequence[int], choice: Choice
-    ) -> Iterator[tuple[_FamilyFronts, int, tuple[int, ...]]]:
-        """Each family with its step schedule and its own picks."""
-        begin = 0
-        for part, index in zip(self._families, indices, strict=True):
-            yield part, index, choice.picks[begin : begin + len(part.groups)]
-            begin += len(part.groups)
-
-    def _caches(self, indices: Sequence[int], choice: Choice) -> bool:
-        return any(part.caches(index, own) for part, index, own in self._divided(indices, choice))
-
     def _solution(
-        self, indices: Sequence[int], choice: Choice, budget_ms: float, bound: float
+        self, index: int, choice: Choice, budget_ms: float, bound: float | None
     ) -> ScheduleSolution:
-        masks: dict[int, tuple[BoolArray, int]] = {}
-        for part, index, picks in self._divided(indices, choice):
-            masks |= part.masks(index, picks)
-        order = range(len(self.problem.units))
+        run = self._schedules[index].run
+        masks = [run] * len(self.problem.units)
+        steps = np.flatnonzero(run)
+        groups = zip(self.problem.groups, choice.picks, self._groups(index), strict=True)
+        for group, pick, part in groups:
+            if pick + 1 < len(part.front.values[part.row]):
+                mask: BoolArray = np.zeros(len(run), dtype=bool)
+                mask[steps[part.front.computed(part.row, pick)]] = True
+                masks[group] = mask
         return build_solution(
-            self.problem.with_budget(budget_ms),
-            [masks[unit][0] for unit in order],
-            [masks[unit][1] for unit in order],
-            solver="dp",
-            lower_bound=bound,
+            self.problem.with_budget(budget_ms), masks, solver="dp", lower_bound=bound
         )
 
 
@@ -309,12 +237,12 @@ def solve_many(problem: ScheduleProblem, budgets_ms: Sequence[float]) -> list[Sc
 
 
 def compress(prices: FloatArray, run: np.ndarray) -> FloatArray:
-    """Tables over the run steps alone: position k stands for step run[k].
+    """Tables over the computed steps alone: position k stands for step run[k].
 
-    (U, T, L, J+1) to (U, R, L, J+1); lags and spans count positions, prices still those of the true
+    (T, L, J+1) to (R, L, J+1); lags and spans count positions, prices still those of the true
     steps. Cells that reach further than the tables go are infinite.
     """
-    _, steps, lags, columns = prices.shape
+    steps, lags, columns = prices.shape
     if len(run) == steps:
         return prices
     k, i, j = np.ogrid[: len(run), :lags, :columns]
@@ -323,32 +251,6 @@ def compress(prices: FloatArray, run: np.ndarray) -> FloatArray:
     anchor_step, base_step = run[np.maximum(anchor, 0)], run[np.maximum(base, 0)]
     lag, span = step - 1 - anchor_step, anchor_step - base_step
     usable = (base >= 0) & (lag < lags) & (span < columns)
-    picked = prices[:, step, np.clip(lag, 0, lags - 1), np.clip(span, 0, columns - 1)]
+    picked = prices[step, np.clip(lag, 0, lags - 1), np.clip(span, 0, columns - 1)]
     result: FloatArray = np.where(usable, picked, np.inf)
     return result
-
-
-def _stack(tables: Sequence[FloatArray]) -> FloatArray:
-    """Tables of several units, padded with infinity to one shape."""
-    steps = len(tables[0])
-    lags = max(table.shape[1] for table in tables)
-    columns = max(table.shape[2] for table in tables)
-    stacked = np.full((len(tables), steps, lags, columns), np.inf)
-    for row, table in zip(stacked, tables, strict=True):
-        row[:, : table.shape[1], : table.shape[2]] = table
-    return stacked
-
-
-def _front_options(unit: UnitCosts, values: list[FloatArray], depths: tuple[int, ...]) -> Options:
-    """Option level * (R + 1) + n: n refreshes with bases up to depths[level]."""
-    counts = np.arange(len(values[0]))
-    sizes = []
-    for depth in depths:
-        size = np.full(len(counts), float(unit.residual_bytes * (1 + depth) + unit.extra_bytes))
-        size[-1] = 0.0
-        sizes.append(size)
-    return Options(
-        cost=np.tile(counts * unit.refresh_ms, len(depths)),
-        size=np.concatenate(sizes),
-        error=np.concatenate(values),
-    )

@@ -1,23 +1,21 @@
-"""Exact front of one unit: the least total price for every number of refreshes.
+"""Exact front of one unit: the least total price for every weight of its computed steps.
 
-Let the unit's refreshes be 0 = r_1 < r_2 < ... < r_n and r_{n+1} = T. Its price is a sum of
-segments S(r_k, r_{k+1} | h_k), where h_k = (r_k - r_{k-1}, ..., r_{k-H+1} - r_{k-H}) are the H gaps
-behind the anchor r_k and
+Let the unit's computed steps be 0 = r_1 < r_2 < ... < r_n and r_{n+1} = T, with whole weights w. Its
+price is a sum of segments S(r_k, r_{k+1} | h_k), where h_k = r_k - r_{k-1} is the gap behind the
+anchor r_k and
 
-    S(a, c | h) = sum over t = a+1 .. c-1 of  min over allowed spans j of  price(t, a, a - j),
-    j in {0, h_1, h_1 + h_2, ...}.
+    S(a, c | h) = sum over t = a+1 .. c-1 of  min(price(t, a, none), price(t, a, a - h)).
 
-So with F_n(a, h) the least price of all segments before a, given n refreshes of which a is the
-last,
+So with F_W(a, h) the least price of all segments before a, the weights up to a adding up to W,
 
-    F_{n+1}(c, (c-a, h_1, .., h_{H-1})) = min over h_H of  F_n(a, h) + S(a, c | h)
-    front(n) = min over a, h of  F_n(a, h) + S(a, T | h).
+    F_{W + w_c}(c, c - a) = min over h of  F_W(a, h) + S(a, c | h)
+    front(W) = min over a, h of  F_W(a, h) + S(a, T | h).
 
 Gaps are at most L + 1, since no cell may lie further behind its anchor than L. The work is
-O(U N T (L+1)^(H+1)) for U units and N <= T refreshes, done as O(T L) array operations.
+O(U W T L^2) for U units, done as O(T L) array operations. Exact for any prices.
 
-Source: shortest paths with a bounded number of edges (Bellman 1958); the state with H gaps is this
-project's, since a predicted cell depends on two refreshes.
+Source: shortest paths with a bounded number of edges (Bellman 1958); the gap in the state is this
+project's, since a predicted cell depends on two computed steps.
 """
 
 from __future__ import annotations
@@ -28,9 +26,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layercache.solver.problem import BoolArray, FloatArray
+from layercache.solver.problem import BoolArray, FloatArray, IntArray
 
-_MAX_CELLS = 8_000_000
+MOST_PARTS = 12
+"""Milliseconds are counted in up to so many parts of the dearest step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Whole numbers (T,) in place of milliseconds, `part_ms` each.
+
+    `exact` says whether they are the milliseconds; else they are rounded up.
+    """
+
+    parts: IntArray
+    part_ms: float
+    exact: bool
+
+
+def weigh(compute_ms: FloatArray) -> Weights:
+    """Weights of a unit's steps.
+
+    Example:
+        >>> weigh(np.array([4.0, 2.0, 0.0, 4.0])).parts
+        array([2, 1, 0, 2])
+    """
+    dearest = float(compute_ms.max())
+    if dearest <= 0:
+        return Weights(np.zeros(len(compute_ms), dtype=np.int64), 0.0, True)
+    for count in range(1, MOST_PARTS + 1):
+        shares = compute_ms * (count / dearest)
+        whole = np.round(shares)
+        if np.abs(shares - whole).max() < 1e-9:
+            return Weights(whole.astype(np.int64), dearest / count, True)
+    shares = np.ceil(compute_ms * (MOST_PARTS / dearest) - 1e-9)
+    return Weights(shares.astype(np.int64), dearest / MOST_PARTS, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,138 +68,81 @@ class Front:
     """The fronts of U units and what is needed to recover their schedules.
 
     Attributes:
-        values: (U, T+1) least price with exactly n refreshes, at [u, n]; infinite if impossible.
+        values: (U, W+1) least price with weight w, at [u, w]; infinite if impossible.
     """
 
     values: FloatArray
-    _last: NDArray[np.integer[Any]]
-    _back: tuple[tuple[NDArray[np.unsignedinteger[Any]], ...], ...]
-    _chunk: int
-    _gaps: int
-    _history: int
+    _weights: IntArray
+    _last: tuple[IntArray, IntArray]
+    _choices: tuple[NDArray[np.unsignedinteger[Any]], ...]
 
-    def refreshes(self, unit: int, count: int) -> BoolArray:
-        """(T,) mask of a schedule that attains `values[unit, count]`."""
-        steps = self.values.shape[1] - 1
-        base = self._gaps + 1
-        top = base ** max(self._history - 1, 0)
-        step, state = divmod(int(self._last[unit, count]), base**self._history)
-        back, row = self._back[unit // self._chunk], unit % self._chunk
-        refresh = np.zeros(steps, dtype=bool)
-        refresh[step] = True
+    def computed(self, unit: int, weight: int) -> BoolArray:
+        """(T,) mask of a schedule that attains `values[unit, weight]`."""
+        mask: BoolArray = np.zeros(len(self._weights), dtype=bool)
+        step, gap = (int(table[unit, weight]) for table in self._last)
+        mask[step] = True
         while step > 0:
-            choice = int(back[step][row, count, state])
-            if self._history == 0:
-                step -= choice
-            else:
-                gap, rest = divmod(state, top)
-                step -= gap
-                state = rest * base + choice
-            count -= 1
-            refresh[step] = True
-        return refresh
+            before = int(self._choices[step][unit, weight, gap])
+            weight -= int(self._weights[step])
+            step, gap = step - gap, before
+            mask[step] = True
+        return mask
 
 
-def solve_fronts(prices: FloatArray, history: int) -> Front:
+def solve_fronts(prices: FloatArray, weights: IntArray) -> Front:
     """Fronts of several units at once.
 
     Args:
         prices: (U, T, L, J+1), infinite where a cell cannot be cached.
-        history: H, how many refreshes before the anchor may serve as base.
+        weights: (T,) whole numbers, not negative.
     """
     units, steps, lags, _ = prices.shape
     gaps = min(lags + 1, steps)
-    states = (gaps + 1) ** history
-    chunk = max(1, min(units, _MAX_CELLS // (steps * states * min(gaps, 16))))
-    values, last, back = [], [], []
-    for first in range(0, units, chunk):
-        part = _solve_chunk(prices[first : first + chunk], gaps, history)
-        values.append(part[0])
-        last.append(part[1])
-        back.append(part[2])
-    return Front(np.concatenate(values), np.concatenate(last), tuple(back), chunk, gaps, history)
-
-
-def _offsets(gaps: int, history: int) -> NDArray[np.integer[Any]]:
-    """(K, H+1) span of each allowed base in each state; -1 where there is none."""
-    base = gaps + 1
-    state = np.arange(base**history)
-    offsets = np.zeros((base**history, history + 1), dtype=np.int64)
-    missing = np.zeros(base**history, dtype=bool)
-    for depth in range(1, history + 1):
-        gap = state // base ** (history - depth) % base
-        missing |= gap == 0
-        offsets[:, depth] = np.where(missing, -1, np.maximum(offsets[:, depth - 1], 0) + gap)
-    return offsets
-
-
-def _solve_chunk(
-    prices: FloatArray, gaps: int, history: int
-) -> tuple[FloatArray, NDArray[np.integer[Any]], tuple[NDArray[np.unsignedinteger[Any]], ...]]:
-    units, steps, _, columns = prices.shape
-    base = gaps + 1
-    states, top = base**history, base ** max(history - 1, 0)
-    offsets = _offsets(gaps, history)
-    allowed = (offsets >= 0) & (offsets < columns)
-    column = np.where(allowed, offsets, 0)
-
+    most = int(weights.sum())
     tables: dict[int, FloatArray] = {}
     segments: dict[int, FloatArray] = {}
-    back: list[NDArray[np.unsignedinteger[Any]]] = []
-    values = np.full((units, steps + 1), np.inf)
-    last = np.zeros((units, steps + 1), dtype=np.int64)
+    choices = []
     for step in range(steps):
-        # Row n holds exactly n refreshes, of which `step` is the last: n <= step + 1.
-        table = np.full((units, step + 2, states), np.inf)
-        choice = np.zeros((units, step + 2, states), dtype=np.min_scalar_type(gaps))
+        table = np.full((units, most + 1, gaps + 1), np.inf)
+        choice = np.zeros(table.shape, dtype=np.min_scalar_type(gaps))
+        weight = int(weights[step])
         if step == 0:
-            table[:, 1, 0] = 0.0
+            table[:, weight, 0] = 0.0
         for gap in range(1, min(gaps, step) + 1):
-            before = step - gap
-            reached = tables[before] + segments[before][:, gap - 1, None]
-            if history == 0:
-                better = reached < table[:, 1 : before + 3]
-                np.copyto(table[:, 1 : before + 3], reached, where=better)
-                choice[:, 1 : before + 3][better] = gap
-            else:
-                folded = reached.reshape(units, before + 2, top, base)
-                best = folded.argmin(axis=3)
-                window = slice(gap * top, (gap + 1) * top)
-                table[:, 1 : before + 3, window] = np.take_along_axis(
-                    folded, best[..., None], axis=3
-                )[..., 0]
-                choice[:, 1 : before + 3, window] = best
+            value, state = _reached(tables[step - gap], segments[step - gap], gap)
+            table[:, weight:, gap] = value[:, : most + 1 - weight]
+            choice[:, weight:, gap] = state[:, : most + 1 - weight]
         tables[step] = table
-        back.append(choice)
-        segments[step] = _segments(prices, step, min(gaps, steps - step), column, allowed)
+        choices.append(choice)
+        segments[step] = _segments(prices, step, gaps)
         tables.pop(step - gaps, None)
         segments.pop(step - gaps, None)
-        if steps - step <= gaps:
-            total = (table + segments[step][:, steps - step - 1, None]).reshape(
-                units, step + 2, states
-            )
-            state = total.argmin(axis=2)
-            price = np.take_along_axis(total, state[..., None], axis=2)[..., 0]
-            view = values[:, : step + 2]
-            better = price < view
-            last[:, : step + 2] = np.where(better, step * states + state, last[:, : step + 2])
-            np.minimum(view, price, out=view)
-    return values, last, tuple(back)
+    ends = [(steps - gap, *_reached(tables[steps - gap], segments[steps - gap], gap))
+            for gap in range(1, gaps + 1)]  # fmt: skip
+    values = np.array([value for _, value, _ in ends])
+    best = values.argmin(axis=0)
+    last = np.array([step for step, _, _ in ends])[best]
+    state = np.take_along_axis(np.array([state for *_, state in ends]), best[None], axis=0)[0]
+    return Front(values.min(axis=0), weights, (last, state), tuple(choices))
 
 
-def _segments(
-    prices: FloatArray,
-    anchor: int,
-    count: int,
-    column: NDArray[np.integer[Any]],
-    allowed: BoolArray,
-) -> FloatArray:
-    """(U, count, K) price of a segment that starts at `anchor` and ends 1..count steps later."""
-    units = len(prices)
-    totals = np.zeros((units, count, len(column)))
-    if count > 1:
-        lag = np.arange(count - 1)
+def _reached(table: FloatArray, segment: FloatArray, gap: int) -> tuple[FloatArray, IntArray]:
+    """(U, W+1) least price up to `gap` steps after an anchor, and the gap behind it."""
+    reached = table + segment[:, gap - 1, None]
+    return reached.min(axis=2), reached.argmin(axis=2)
+
+
+def _segments(prices: FloatArray, anchor: int, gaps: int) -> FloatArray:
+    """(U, gaps, gaps+1) price of a segment that ends 1..gaps steps after its anchor, by gap."""
+    units, steps, lags, columns = prices.shape
+    totals = np.full((units, gaps, gaps + 1), np.inf)
+    totals[:, 0] = 0.0
+    count = min(gaps - 1, steps - 1 - anchor, lags)
+    if count > 0:
+        lag = np.arange(count)
         cells = prices[:, anchor + 1 + lag, lag]
-        options = np.where(allowed, cells[:, :, column], np.inf)
-        np.cumsum(options.min(axis=3), axis=1, out=totals[:, 1:])
+        options = np.repeat(cells[:, :, :1], gaps + 1, axis=2)
+        near = min(columns - 1, gaps)
+        options[:, :, 1 : near + 1] = np.minimum(options[:, :, 1 : near + 1], cells[:, :, 1 : near + 1])
+        np.cumsum(options, axis=1, out=totals[:, 1 : count + 1])
     return totals

@@ -4,7 +4,7 @@ Start from full compute. While the budget is exceeded, cache the cell that adds 
 each millisecond saved: with Delta the change of the whole objective (the cell's own price and what
 changes at the cells that it was an anchor or a base of),
 
-    next cell = argmin over refreshed cells of  Delta(t, unit) / milliseconds(t, unit).
+    next cell = argmin over computed cells of  Delta(t, unit) / milliseconds(t, unit).
 
 Skipping a step is a move of the same kind: it caches the step unit's cell, makes every group idle
 there, and saves the milliseconds of all that was computed.
@@ -14,13 +14,13 @@ is re-evaluated, and taken if no other entry is smaller, else put back. That pic
 as long as ratios only grow; where one shrinks, its cell is found later than it could have been.
 
 Work is O(c log n) evaluations for n cells, c of them cached, with O(L) table look-ups each. No
-bound comes with it: the lower bound given is 0. Greedy can run into a dead end, where every further
+bound comes with it. Greedy can run into a dead end, where every further
 move is impossible although `dp` finds a schedule; it raises then. A memory limit is met by a
-heuristic: the unit with the largest ring loses a level until the rings fit.
+heuristic: units are kept from being cached, the one that reserves most first, until the rest fit.
 
 Source: the greedy allocation over (timestep, group, span) of LayerCache (arXiv 2604.16492), whose
-code is not public. Deviations: Delta counts the effect on later cells, the span is the cheapest one
-of each cell instead of one for each group, and units have unequal costs.
+code is not public. Deviations: Delta counts the effect on later cells, each cell reuses or predicts,
+whichever is cheaper, instead of one span for each group, and units have unequal costs.
 """
 
 from __future__ import annotations
@@ -62,44 +62,39 @@ def solve(problem: ScheduleProblem) -> ScheduleSolution:
 
 
 def _within_bytes(problem: ScheduleProblem) -> ScheduleSolution:
-    # Depth -1 marks a unit that must never be cached.
-    depths = [problem.history] * len(problem.units)
+    banned: set[int] = set()
     while True:
-        solution = _solve(problem, depths)
+        solution = _solve(problem, banned)
         limit = problem.max_cache_bytes
         if limit is None or solution.cache_bytes <= limit:
             return solution
-        rings = [
-            (unit.residual_bytes * (1 + depth) + unit.extra_bytes) if depth >= 0 else -1
-            for unit, depth in zip(problem.units, depths, strict=True)
+        sizes = [
+            unit.reserved(problem.history) if index not in banned else -1
+            for index, unit in enumerate(problem.units)
         ]
-        depths[int(np.argmax(rings))] -= 1
+        banned.add(int(np.argmax(sizes)))
 
 
 class _Row:
-    """One unit's refreshes and the price of any stretch of its cells, in plain Python numbers."""
+    """One unit's done and the price of any stretch of its cells, in plain Python numbers."""
 
-    def __init__(self, table: FloatArray, milliseconds: float, depth: int) -> None:
+    def __init__(self, table: FloatArray, milliseconds: FloatArray) -> None:
         # A memory view yields Python floats and, unlike nested lists, costs nothing to make.
         self.table = np.ascontiguousarray(table).data
         self.lags, self.spans = table.shape[1], table.shape[2] - 1
-        self.milliseconds = milliseconds
-        self.depth = depth
+        self.milliseconds = milliseconds.tolist()
         # The sentinel T ends the last segment.
-        self.refreshes = list(range(len(table) + 1))
+        self.done = list(range(len(table) + 1))
 
-    def price(self, refreshes: list[int], first: int, stop: int, run: list[bool]) -> float:
-        """Price of all cells whose anchor is one of refreshes[first:stop]."""
+    def price(self, done: list[int], first: int, stop: int, run: list[bool]) -> float:
+        """Price of all cells whose anchor is one of done[first:stop]."""
         total, table = 0.0, self.table
         for position in range(first, stop):
-            anchor, end = refreshes[position], refreshes[position + 1]
+            anchor, end = done[position], done[position + 1]
             if end == anchor + 1:
                 continue
-            spans = [0]
-            for back in range(1, min(self.depth, position) + 1):
-                span = anchor - refreshes[position - back]
-                if span <= self.spans:
-                    spans.append(span)
+            span = anchor - done[position - 1] if position else 0
+            spans = [0, span] if 0 < span <= self.spans else [0]
             for step in range(anchor + 1, end):
                 if run[step]:
                     if step - anchor > self.lags:
@@ -109,54 +104,50 @@ class _Row:
         return total
 
     def change(self, step: int, run: list[bool], after: list[bool]) -> float:
-        """Change of the price if `step` is no longer refreshed, and `run` becomes `after`."""
-        refreshes, depth = self.refreshes, max(self.depth, 0)
-        position = bisect_left(refreshes, step)
-        if refreshes[position] != step:
+        """Change of the price if `step` is no longer computed, and `run` becomes `after`."""
+        done = self.done
+        position = bisect_left(done, step)
+        if done[position] != step:
             # The cell is cached: its price falls away, since the step is skipped.
             only = [False] * len(run)
             only[step] = True
-            low = max(position - 1 - depth, 0)
-            near = refreshes[low : position + 1]
+            low = max(position - 2, 0)
+            near = done[low : position + 1]
             return -self.price(near, len(near) - 2, len(near) - 1, only)
-        low = max(position - 1 - depth, 0)
-        near = refreshes[low : position + depth + 2]
+        low = max(position - 2, 0)
+        near = done[low : position + 3]
         first, stop = position - 1 - low, len(near) - 1
         before = self.price(near, first, stop, run)
         del near[position - low]
         return self.price(near, first, stop - 1, after) - before
 
 
-def _solve(problem: ScheduleProblem, depths: list[int]) -> ScheduleSolution:
+def _solve(problem: ScheduleProblem, banned: set[int]) -> ScheduleSolution:
     steps = problem.num_steps
     rows = [
-        _Row(table, unit.refresh_ms, depth)
-        for unit, table, depth in zip(problem.units, problem.prices, depths, strict=True)
+        _Row(table, unit.compute_ms)
+        for unit, table in zip(problem.units, problem.prices, strict=True)
     ]
-    everything = [True] * steps
-    # The groups of each step unit, and the steps that each unit's family runs.
-    governed = {f.step: f.groups for f in problem.families if f.step is not None}
-    runs = {unit: everything for unit in range(len(rows))}
-    for groups in governed.values():
-        shared = list(everything)
-        runs.update((group, shared) for group in groups)
+    everything, shared = [True] * steps, [True] * steps
+    # The groups that sit out what the step unit skips, and the steps that each unit may compute.
+    governed = {} if problem.step is None else {problem.step: problem.groups}
+    runs = [everything if index in governed else shared for index in range(len(rows))]
 
     def evaluate(index: int, step: int) -> tuple[float, float]:
         """Price per millisecond of one move, and the milliseconds that it saves."""
-        row = rows[index]
-        if row.depth < 0:
+        if index in banned:
             return _INF, 0.0
-        run = runs[index]
-        saved, added = row.milliseconds, row.change(step, run, run)
+        row, run = rows[index], runs[index]
+        saved, added = row.milliseconds[step], row.change(step, run, run)
         for other in governed.get(index, ()):
             group, run = rows[other], runs[other]
             if added < _INF:
                 added += group.change(step, run, [*run[:step], False, *run[step + 1 :]])
-                if _has(group.refreshes, step):
-                    saved += group.milliseconds
+                if _has(group.done, step):
+                    saved += group.milliseconds[step]
         return (added / saved if saved > 0 else _INF), saved
 
-    cost = problem.fixed_ms + steps * sum(unit.refresh_ms for unit in problem.units)
+    cost = problem.fixed_ms + sum(float(unit.compute_ms.sum()) for unit in problem.units)
     queue = []
     for index in range(len(rows)):
         for step in range(1, steps):
@@ -177,20 +168,18 @@ def _solve(problem: ScheduleProblem, depths: list[int]) -> ScheduleSolution:
             heapq.heappush(queue, (ratio, step, index))
             continue
         cost -= saved
-        rows[index].refreshes.remove(step)
+        rows[index].done.remove(step)
         for other in governed.get(index, ()):
-            runs[other][step] = False
-            if _has(rows[other].refreshes, step):
-                rows[other].refreshes.remove(step)
+            shared[step] = False
+            if _has(rows[other].done, step):
+                rows[other].done.remove(step)
     masks = []
     for row in rows:
         mask = np.zeros(steps, dtype=bool)
-        mask[row.refreshes[:-1]] = True
+        mask[row.done[:-1]] = True
         masks.append(mask)
-    return build_solution(
-        problem, masks, [max(depth, 0) for depth in depths], solver="greedy", lower_bound=0.0
-    )
+    return build_solution(problem, masks, solver="greedy", lower_bound=None)
 
 
-def _has(refreshes: list[int], step: int) -> bool:
-    return refreshes[bisect_left(refreshes, step)] == step
+def _has(done: list[int], step: int) -> bool:
+    return done[bisect_left(done, step)] == step

@@ -1,7 +1,7 @@
 """`milp`: the schedule problem as a mixed-integer linear programme, solved by HiGHS.
 
 The reference that `dp` is tested against: a direct transcription of the problem, which shares no
-idea with the dynamic programme. Binary y[u,t] says that unit u is refreshed at t, binary
+idea with the dynamic programme. Binary y[u,t] says that unit u is computed at t, binary
 x[u,t,a,b] that it is cached with anchor a and base b (b = a: reuse).
 
     minimise    sum price x
@@ -9,11 +9,9 @@ x[u,t,a,b] that it is cached with anchor a and base b (b = a: reuse).
                 sum_b x[u,t,a,b] <= y[u,a]
                 sum_b x[u,t,a,b] <= 1 - y[u,s]                      a < s < t
                 sum_{a} x[u,t,a,b] <= y[u,b]                        b < a
-                sum_{b<s<a} y[u,s] <= H-1 + T (1 - x[u,t,a,b])      b < a
+                sum_b x[u,t,a,b] <= 1 - y[u,s]                      b < s < a
                 fixed + sum ms y <= budget
-                sum (residual_bytes ring[u] + extra_bytes used[u]) <= max_cache_bytes
-                used[u] >= x[u,t,a,b],  ring[u] >= used[u]
-                ring[u] >= 1 + sum_{b<=s<a} y[u,s] - T (1 - x[u,t,a,b])
+                sum (reserved bytes used[u]) <= max_cache_bytes,  used[u] >= x[u,t,a,b]
 
 where skip[t] = 1 - y[step,t] if a step unit governs u and 0 otherwise. Cells of infinite price are
 left out. `mip_rel_gap=0` asks for a proven optimum; on a time limit the best schedule found comes
@@ -83,7 +81,7 @@ def solve(problem: ScheduleProblem, time_limit_s: float = TIME_LIMIT_S) -> Sched
             the smallest that was found in `time_limit_s`.
         SolverTimeout: The time ran out before any schedule was found.
     """
-    model, refresh, predicted = _transcribe(problem)
+    model, computed = _transcribe(problem)
     result = _run(model, time_limit_s)
     if result.status == _INFEASIBLE:
         least, proven = _least_cost(problem, time_limit_s)
@@ -94,19 +92,11 @@ def solve(problem: ScheduleProblem, time_limit_s: float = TIME_LIMIT_S) -> Sched
             'time_limit_s, or use solver="dp"'
         )
     picked = np.round(result.x).astype(bool)
-    masks = [picked[columns] for columns in refresh]
-    depths = [problem.history] * len(masks)
-    if problem.max_cache_bytes is not None:
-        # The rings that HiGHS paid for, and no deeper.
-        depths = [
-            max((int(mask[b:a].sum()) for a, b, x in cells if picked[x]), default=0)
-            for mask, cells in zip(masks, predicted, strict=True)
-        ]
+    masks = [picked[columns] for columns in computed]
     bound = 0.0 if result.mip_dual_bound is None else float(result.mip_dual_bound)
     return build_solution(
         problem,
         masks,
-        depths,
         solver="milp",
         lower_bound=max(bound / model.scale, 0.0),
         tolerance=_GAP,
@@ -136,74 +126,44 @@ def _least_cost(problem: ScheduleProblem, time_limit_s: float) -> tuple[float, b
 
     Full compute is always feasible, so that something is found even if the time runs out at once.
     """
-    model, refresh, _ = _transcribe(problem, budget=False)
+    model, computed = _transcribe(problem, budget=False)
     model.price = [0.0] * len(model.price)
-    for unit, columns in zip(problem.units, refresh, strict=True):
-        for column in columns:
-            model.price[column] = unit.refresh_ms
+    for unit, columns in zip(problem.units, computed, strict=True):
+        for column, milliseconds in zip(columns, unit.compute_ms, strict=True):
+            model.price[column] = float(milliseconds)
     result = _run(model, time_limit_s)
     if result.x is None:
-        full = problem.num_steps * sum(unit.refresh_ms for unit in problem.units)
+        full = sum(float(unit.compute_ms.sum()) for unit in problem.units)
         return problem.fixed_ms + full, False
     return problem.fixed_ms + float(result.fun) / model.scale, result.status == _OPTIMAL
 
 
-def _transcribe(
-    problem: ScheduleProblem, budget: bool = True
-) -> tuple[_Model, list[IntArray], list[list[tuple[int, int, int]]]]:
-    """The programme; of each unit the columns y, and (anchor, base, column) of predictions."""
+def _transcribe(problem: ScheduleProblem, budget: bool = True) -> tuple[_Model, list[IntArray]]:
+    """The programme, and the columns y of each unit."""
     model, steps = _Model(), problem.num_steps
-    refresh = [np.array([model.column() for _ in range(steps)], dtype=int) for _ in problem.units]
-    governor = {group: family.step for family in problem.families for group in family.groups}
+    computed = [np.array([model.column() for _ in range(steps)], dtype=int) for _ in problem.units]
     bytes_row: list[tuple[int, float]] = []
-    predicted: list[list[tuple[int, int, int]]] = [[] for _ in problem.units]
-    for index, (unit, prices) in enumerate(zip(problem.units, problem.prices, strict=True)):
-        y, step_row = refresh[index], governor.get(index)
+    for unit, y, prices in zip(problem.units, computed, problem.prices, strict=True):
         used = model.column(integral=False)
-        ring = model.column(upper=float(problem.history + 1), integral=False)
-        bytes_row += [(used, float(unit.extra_bytes)), (ring, float(unit.residual_bytes))]
-        model.row([(ring, 1.0), (used, -1.0)], 0.0, np.inf)
+        bytes_row.append((used, float(unit.reserved(problem.history))))
         model.row([(int(y[0]), 1.0)], 1.0, 1.0)
         for step in range(steps):
-            cells = _cells(model, prices, step, problem.history)
+            cells = _cells(model, prices, step)
             cover = [(int(y[step]), 1.0)] + [(x, 1.0) for *_, x in cells]
-            if step_row is None:
+            if problem.step is None or unit.kind == "step":
                 model.row(cover, 1.0, 1.0)
             elif step in problem.forced:
                 model.row([(int(y[step]), 1.0)], 1.0, 1.0)
             else:
                 # skip[t] = 1 - y[step, t]
-                model.row([*cover, (int(refresh[step_row][step]), -1.0)], 0.0, 0.0)
-            for anchor in {a for a, _, _ in cells}:
-                here = [(x, 1.0) for a, _, x in cells if a == anchor]
-                model.row([*here, (int(y[anchor]), -1.0)], -np.inf, 0.0)
-                for between in range(anchor + 1, step):
-                    model.row([*here, (int(y[between]), 1.0)], -np.inf, 1.0)
-            for base in {b for a, b, _ in cells if b < a}:
-                here = [(x, 1.0) for a, b, x in cells if b == base and b < a]
-                model.row([*here, (int(y[base]), -1.0)], -np.inf, 0.0)
+                model.row([*cover, (int(computed[problem.step][step]), -1.0)], 0.0, 0.0)
+            _read(model, y, step, cells)
             if cells:
                 model.row([(used, 1.0)] + [(x, -1.0) for *_, x in cells], 0.0, np.inf)
-            for anchor, base, x in cells:
-                if base == anchor:
-                    continue
-                predicted[index].append((anchor, base, x))
-                inside = [(int(y[s]), 1.0) for s in range(base + 1, anchor)]
-                big = float(max(len(inside) - (problem.history - 1), 0))
-                if big:
-                    model.row([*inside, (x, big)], -np.inf, problem.history - 1 + big)
-                if problem.max_cache_bytes is not None:
-                    span = float(anchor - base)
-                    model.row(
-                        [(ring, 1.0), (int(y[base]), -1.0), (x, -1.0 - span)]
-                        + [(c, -1.0) for c, _ in inside],
-                        -span,
-                        np.inf,
-                    )
     spent = [
-        (int(column), unit.refresh_ms)
-        for unit, y in zip(problem.units, refresh, strict=True)
-        for column in y
+        (int(column), float(milliseconds))
+        for unit, y in zip(problem.units, computed, strict=True)
+        for column, milliseconds in zip(y, unit.compute_ms, strict=True)
     ]
     if budget:
         model.row(spent, -np.inf, problem.budget_limit - problem.fixed_ms)
@@ -214,17 +174,29 @@ def _transcribe(
     positive = [price for price in model.price if price > 0]
     if positive:
         model.scale = float(2.0 ** (12 - np.floor(np.log2(np.median(positive)))))
-    return model, refresh, predicted
+    return model, computed
 
 
-def _cells(
-    model: _Model, prices: FloatArray, step: int, history: int
-) -> list[tuple[int, int, int]]:
+def _read(model: _Model, y: IntArray, step: int, cells: list[tuple[int, int, int]]) -> None:
+    """Rows that make anchors and bases the last two computed steps before a cached cell."""
+    for anchor in {a for a, _, _ in cells}:
+        here = [(x, 1.0) for a, _, x in cells if a == anchor]
+        model.row([*here, (int(y[anchor]), -1.0)], -np.inf, 0.0)
+        for between in range(anchor + 1, step):
+            model.row([*here, (int(y[between]), 1.0)], -np.inf, 1.0)
+    for anchor, base, x in cells:
+        if base < anchor:
+            model.row([(x, 1.0), (int(y[base]), -1.0)], -np.inf, 0.0)
+            for between in range(base + 1, anchor):
+                model.row([(x, 1.0), (int(y[between]), 1.0)], -np.inf, 1.0)
+
+
+def _cells(model: _Model, prices: FloatArray, step: int) -> list[tuple[int, int, int]]:
     """(anchor, base, column) of every way to cache one cell; base = anchor is reuse."""
     cells = []
     for lag in range(min(prices.shape[1], step)):
         anchor = step - 1 - lag
-        for span in range(min(prices.shape[2], anchor + 1) if history else 1):
+        for span in range(min(prices.shape[2], anchor + 1)):
             price = float(prices[step, lag, span])
             if np.isfinite(price):
                 cells.append((anchor, anchor - span, model.column(price)))

@@ -2,36 +2,29 @@
 
 Shape suffixes: T steps, L lags of the anchor, J distances of the base behind the anchor.
 
-A *unit* is refreshed (computed) or cached at each step. The *anchor* a of a cached cell (t, unit)
-is the unit's last refresh before t. Its *base* b is none (the anchor is reused), or one of the H
-refreshes before the anchor. The problem is
+A *unit* is computed or cached at each step. The *anchor* a of a cached cell (t, unit) is the unit's
+last computed step before t. Its *base* b is none (the anchor is reused), or the computed step
+before the anchor. The problem is
 
     minimise    sum over cached cells of price(t, a, b)
-    subject to  fixed_ms + sum of refresh_ms over refreshed cells <= budget_ms
+    subject to  fixed_ms + sum of compute_ms[t] over computed cells <= budget_ms
                 reserved bytes <= max_cache_bytes
-                every unit refreshed at step 0 and at the forced steps
+                every unit computed at step 0 and at the forced steps
                 t - a <= max_gap at every cached cell.
 
-With a *step unit*, the steps that it does not refresh are *skipped*: every group is idle there,
-costs nothing, adds nothing to the objective and cannot be refreshed. At the other steps groups are
-refreshed or cached as above, and the step unit's own `refresh_ms` is paid.
+With a *step unit*, the steps that it does not compute are *skipped*: every group is idle there,
+costs nothing and adds nothing to the objective. At the other steps groups are computed or cached as
+above, and the step unit's own `compute_ms` is paid.
 
-*Branches*: a unit serves all transformer calls of a step, or the one `branch` that it names. Each
-branch may have a step unit of its own, which then skips that branch alone; groups follow the step
-unit of their branch (`ScheduleProblem.families`). All of them share the budget and the bytes.
-
-*Reserved bytes*: a unit that never predicts beyond depth d (its bases are among the d refreshes
-before the anchor; d = 0 is reuse alone) keeps a ring of 1 + d residuals, and none if it is never
-cached. Reserved bytes are the sum of all rings. A runtime that frees a residual after its last use
-holds at most that; unlike the true peak over time, it does not couple the units, which is what
-makes the problem solvable exactly.
+*Reserved bytes*: a unit keeps its anchor and, where `history` is 1, the value before it, and none
+if it is never cached. Unlike the true peak over time, which is at most that, it does not couple the
+units, which is what makes the problem solvable exactly.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -51,46 +44,27 @@ class ProblemError(LayerCacheError, ValueError):
     """A schedule problem is malformed."""
 
 
-def whole(name: str, value: Any) -> int:
-    """`value` as a Python int: numpy integers and floats without a fraction are fine.
-
-    Raises:
-        ProblemError: It is not a whole number.
-
-    Example:
-        >>> whole("max_cache_bytes", 1e9)
-        1000000000
-    """
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real) and float(value).is_integer():
-        return int(float(value))
-    raise ProblemError(f"{name} is {value!r}; it must be a whole number")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnitCosts:
-    """One unit: what a refresh costs and what each way of caching a cell does to the output.
+    """One unit: what computing it costs and what caching a cell does to the output.
 
     Attributes:
         name: Identifies the unit.
         kind: `"group"`, or `"step"` for the whole transformer call.
-        refresh_ms: Milliseconds of one refresh; for the step unit what a computed step spends
-            outside the groups.
-        residual_bytes: Bytes of one stored residual, all branches.
+        compute_ms: (T,) milliseconds of computing each step; for the step unit what a computed step
+            spends outside the groups. One number stands for T equal ones.
+        residual_bytes: Bytes of one stored value, all branches.
         extra_bytes: Further bytes held if the unit is cached anywhere.
         errors: (T, L, J+1) price of caching step t with anchor a = t-1-i and base b = a-j, at
             [t, i, j]; j = 0 is reuse of the anchor. Infinite where this is impossible.
-        branch: The branch whose calls the unit serves; empty if it serves all of them.
     """
 
     name: str
     kind: Literal["group", "step"]
-    refresh_ms: float
+    compute_ms: FloatArray
     residual_bytes: int
     errors: FloatArray
     extra_bytes: int = 0
-    branch: str = ""
 
     def __post_init__(self) -> None:
         errors = np.array(self.errors, dtype=np.float64)
@@ -102,10 +76,15 @@ class UnitCosts:
             raise ProblemError(f"{self.name}: errors holds NaN or negative prices")
         if self.kind not in ("group", "step"):
             raise ProblemError(f"{self.name}: kind is {self.kind!r}; use 'group' or 'step'")
-        if not 0 <= self.refresh_ms < np.inf:
+        try:
+            times = np.array(np.broadcast_to(self.compute_ms, len(errors)), dtype=np.float64)
+        except ValueError as error:
             raise ProblemError(
-                f"{self.name}: refresh_ms is {self.refresh_ms}; it must be finite and >= 0"
-            )
+                f"{self.name}: compute_ms has shape {np.shape(self.compute_ms)} for "
+                f"{len(errors)} steps"
+            ) from error
+        if not np.isfinite(times).all() or (times < 0).any():
+            raise ProblemError(f"{self.name}: compute_ms is {times}; it must be finite and >= 0")
         if self.residual_bytes < 0 or self.extra_bytes < 0:
             raise ProblemError(
                 f"{self.name}: residual_bytes={self.residual_bytes}, "
@@ -114,99 +93,60 @@ class UnitCosts:
         steps, lags, spans = errors.shape
         t, i, j = np.ogrid[:steps, :lags, :spans]
         errors[np.broadcast_to(t - 1 - i - j < 0, errors.shape)] = np.inf
-        errors.setflags(write=False)
-        object.__setattr__(self, "errors", errors)
+        for name, value in (("errors", errors), ("compute_ms", times)):
+            value.setflags(write=False)
+            object.__setattr__(self, name, value)
 
-
-@dataclass(frozen=True)
-class Family:
-    """Units that share the steps they run: positions in `ScheduleProblem.units`.
-
-    Attributes:
-        step: The step unit whose skipped steps the groups sit out, or None: all steps are run.
-        groups: The units that it governs.
-    """
-
-    step: int | None
-    groups: tuple[int, ...]
+    def reserved(self, history: int) -> int:
+        """Bytes that the unit keeps if it is cached anywhere."""
+        return self.residual_bytes * (1 + history) + self.extra_bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScheduleProblem:
-    """Steps x units x spans under a budget; validated once, so that solvers need not check.
+    """Steps x units under a budget; validated once, so that solvers need not check.
 
     Args:
-        sigmas: (T+1,) strictly falling noise levels.
-        units: The units; at most one step unit, or one for each of several branches.
+        units: The units, all of T steps; at most one is a step unit.
         budget_ms: Milliseconds that may be spent in all.
-        fixed_ms: Milliseconds that any plan spends in all.
-        history: H, how many refreshes before the anchor may serve as base; 0 allows reuse alone.
+        fixed_ms: Milliseconds that any schedule spends.
+        history: 1 if the computed step before the anchor may serve as base, 0 for reuse alone.
         max_gap: Largest t - a of a cached cell; None leaves it to the tables.
-        forced: Steps at which every unit is refreshed, besides step 0.
-        power: Prices are raised to it; above 1 it suppresses peaks.
+        forced: Steps at which every unit is computed, besides step 0.
         max_cache_bytes: Limit on reserved bytes (see the module's text); None is no limit.
 
     Raises:
-        ProblemError: A shape, a price, a step number or the sigmas are wrong.
+        ProblemError: A shape, a price or a step number is wrong.
 
     Example:
         >>> errors = np.ones((4, 3, 1))
         >>> unit = UnitCosts(
-        ...     name="g", kind="group", refresh_ms=1.0, residual_bytes=8, errors=errors
-        ... )
-        >>> problem = ScheduleProblem(
-        ...     sigmas=np.linspace(1, 0, 5), units=(unit,), budget_ms=2.0, history=1
+        ...     name="g", kind="group", compute_ms=1.0, residual_bytes=8, errors=errors
         ... )
         >>> from layercache.solver import SOLVERS
-        >>> SOLVERS["dp"](problem).objective
+        >>> SOLVERS["dp"](ScheduleProblem(units=(unit,), budget_ms=2.0)).objective
         2.0
     """
 
-    sigmas: FloatArray
     units: tuple[UnitCosts, ...]
     budget_ms: float
     fixed_ms: float = 0.0
     history: int = 1
     max_gap: int | None = None
     forced: frozenset[int] = field(default_factory=frozenset)
-    power: float = 1.0
     max_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        sigmas = np.asarray(self.sigmas, dtype=np.float64)
-        object.__setattr__(self, "sigmas", sigmas)
-        forced = frozenset(whole("a forced step", step) for step in self.forced)
-        object.__setattr__(self, "forced", forced)
-        for name in ("history", "max_gap", "max_cache_bytes"):
-            if (value := getattr(self, name)) is not None or name == "history":
-                object.__setattr__(self, name, whole(name, value))
-        if sigmas.ndim != 1 or len(sigmas) < 2 or not np.isfinite(sigmas).all():
-            raise ProblemError(f"sigmas has shape {sigmas.shape}; it needs T+1 >= 2 finite values")
-        if not (np.diff(sigmas) < 0).all():
-            step = int(np.flatnonzero(np.diff(sigmas) >= 0)[0])
-            raise ProblemError(
-                f"sigmas must fall strictly; sigmas[{step}] is {sigmas[step]:g} and "
-                f"sigmas[{step + 1}] is {sigmas[step + 1]:g}"
-            )
         if not self.units:
             raise ProblemError("a problem needs at least one unit")
         for unit in self.units:
             if len(unit.errors) != self.num_steps:
                 raise ProblemError(
-                    f"{unit.name}: errors covers {len(unit.errors)} steps, sigmas {self.num_steps}"
+                    f"{unit.name}: errors covers {len(unit.errors)} steps, "
+                    f"{self.units[0].name} {self.num_steps}"
                 )
-        served = [unit.branch for unit in self.units if unit.kind == "step"]
-        if len(set(served)) < len(served) or ("" in served and len(served) > 1):
-            raise ProblemError(
-                f"step units serve the branches {served}; there may be one for all branches (''), "
-                "or one for each"
-            )
-        shared = [u.name for u in self.units if u.kind == "group" and not u.branch]
-        if any(served) and shared:
-            raise ProblemError(
-                f"step units serve the branches {served}, and group {shared[0]!r} all of them: "
-                "give every group the branch that it serves"
-            )
+        if sum(unit.kind == "step" for unit in self.units) > 1:
+            raise ProblemError("units holds more than one step unit")
         if len({unit.name for unit in self.units}) != len(self.units):
             raise ProblemError(f"unit names repeat: {[unit.name for unit in self.units]}")
         if not 0 <= self.fixed_ms < np.inf or not self.budget_ms < np.inf:
@@ -214,54 +154,31 @@ class ScheduleProblem:
                 f"fixed_ms={self.fixed_ms}, budget_ms={self.budget_ms}: both must be finite, "
                 "fixed_ms not negative"
             )
-        if not 0 <= self.history <= 3:
-            raise ProblemError(f"history is {self.history}; 0 to 3 refreshes can be kept")
-        if self.max_gap is not None and self.max_gap < 0:
-            raise ProblemError(f"max_gap is {self.max_gap}; it must be at least 0")
+        if self.history not in (0, 1):
+            raise ProblemError(f"history is {self.history}; it is 0 or 1")
+        for name in ("max_gap", "max_cache_bytes"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ProblemError(f"{name} is {value}; it must be at least 0")
         if any(not 0 <= step < self.num_steps for step in self.forced):
             raise ProblemError(
                 f"forced is {sorted(self.forced)}; steps are 0 to {self.num_steps - 1}"
             )
-        if not 0 < self.power < np.inf:
-            raise ProblemError(f"power is {self.power}; it must be finite and above 0")
-        if self.max_cache_bytes is not None and self.max_cache_bytes < 0:
-            raise ProblemError(f"max_cache_bytes is {self.max_cache_bytes}; it must be at least 0")
 
     @property
     def num_steps(self) -> int:
         """T."""
-        return len(self.sigmas) - 1
+        return len(self.units[0].errors)
 
     @property
-    def step_unit(self) -> UnitCosts | None:
-        """The unit of the whole step, if there is one; the first of several."""
-        return next((unit for unit in self.units if unit.kind == "step"), None)
+    def step(self) -> int | None:
+        """Position of the step unit, if there is one."""
+        found = [index for index, unit in enumerate(self.units) if unit.kind == "step"]
+        return found[0] if found else None
 
     @property
-    def groups(self) -> tuple[UnitCosts, ...]:
-        """The units of block groups, in order."""
-        return tuple(unit for unit in self.units if unit.kind == "group")
-
-    @cached_property
-    def families(self) -> tuple[Family, ...]:
-        """Every unit once, by the step unit that governs it.
-
-        A step unit without groups governs nothing: where there are several, it is a unit like any
-        other, in the family of those that run at all steps.
-        """
-        steps = {u.branch: i for i, u in enumerate(self.units) if u.kind == "step"}
-        governed: dict[int, list[int]] = {step: [] for step in steps.values()}
-        free: list[int] = []
-        for index, unit in enumerate(self.units):
-            if unit.kind == "group":
-                governed.get(steps.get(unit.branch, steps.get("", -1)), free).append(index)
-        if len(governed) > 1:
-            free += [step for step, groups in governed.items() if not groups]
-            governed = {step: groups for step, groups in governed.items() if groups}
-        found = [Family(step, tuple(groups)) for step, groups in governed.items()]
-        if free:
-            found.append(Family(None, tuple(sorted(free))))
-        return tuple(found)
+    def groups(self) -> tuple[int, ...]:
+        """Positions of the units of block groups, in order."""
+        return tuple(index for index, unit in enumerate(self.units) if unit.kind == "group")
 
     @property
     def budget_limit(self) -> float:
@@ -270,22 +187,12 @@ class ScheduleProblem:
 
     @cached_property
     def prices(self) -> tuple[FloatArray, ...]:
-        """One (T, L, J+1) table a unit, with power, `max_gap` and forced steps worked in.
-
-        Raises:
-            ProblemError: The power takes a price out of the range of floating-point numbers.
-        """
+        """One (T, L, J+1) table a unit, with history, `max_gap` and forced steps worked in."""
         tables = []
         for unit in self.units:
-            with np.errstate(over="ignore"):
-                table = unit.errors**self.power
-            lost = (unit.errors > 0) & (table < np.finfo(np.float64).tiny)
-            lost |= np.isfinite(unit.errors) & np.isinf(table)
-            if lost.any():
-                raise ProblemError(
-                    f"power is {self.power}, and {unit.name}'s price of {unit.errors[lost][0]:g} "
-                    "raised to it is no floating-point number: bring the power nearer to 1"
-                )
+            table = unit.errors.copy()
+            if self.history == 0:
+                table = table[:, :, :1]
             if self.max_gap is not None:
                 table[:, self.max_gap :] = np.inf
             table[[0, *sorted(self.forced)]] = np.inf

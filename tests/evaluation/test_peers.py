@@ -21,7 +21,7 @@ from layercache.evaluation.peers.skipping import skip_steps
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.evaluation.trajectories import collect_trajectories
 from layercache.models.pipelines import run_pipeline
-from tests.solver.strategies import random_stats
+from tests.prediction.strategies import random_stats
 from tests.tiny import tiny_arguments, tiny_pipeline
 
 STEPS = 6

@@ -21,14 +21,15 @@ from tqdm import tqdm
 from layercache.models import adapter_for, model_fingerprint
 from layercache.models.adapters import blocks_of, read_outputs, read_streams, write_outputs
 from layercache.models.stepping import sigmas_of
+from layercache.options import Options
 from layercache.plan import (
+    SPANS,
     Budget,
     Certificate,
     ModelFingerprint,
     Plan,
     Predicted,
     UnitPlan,
-    version_for,
 )
 from tests.models.zoo import tensors_of
 
@@ -112,26 +113,23 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return [function(v) for v in value] if isinstance(value, list) else function(value)
 
 
-def group(
-    name: str, start: int, stop: int, cells: str, gains: Sequence[float] | None = None
-) -> UnitPlan:
+Rows = Sequence[Sequence[float]]
+
+
+def group(name: str, start: int, stop: int, cells: str, taps: Rows | None = None) -> UnitPlan:
     """A group's row."""
-    gains = None if gains is None else tuple(gains)
-    return UnitPlan(kind="group", block_list=name, start=start, stop=stop, cells=cells, gains=gains)
-
-
-def step(
-    cells: str,
-    gains: Sequence[float] | None = None,
-    taps: Sequence[Sequence[float]] | None = None,
-) -> UnitPlan:
-    """The step unit's row."""
     return UnitPlan(
-        kind="step",
-        cells=cells,
-        gains=None if gains is None else tuple(gains),
-        taps=None if taps is None else tuple(tuple(row) for row in taps),
+        kind="group", block_list=name, start=start, stop=stop, cells=cells, taps=_rows(taps)
     )
+
+
+def step(cells: str, taps: Rows | None = None) -> UnitPlan:
+    """The step unit's row."""
+    return UnitPlan(kind="step", cells=cells, taps=_rows(taps))
+
+
+def _rows(taps: Rows | None) -> tuple[tuple[float, ...], ...] | None:
+    return None if taps is None else tuple(tuple(row) for row in taps)
 
 
 def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) -> Plan:
@@ -139,7 +137,6 @@ def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) 
     if "sigmas" not in changes:
         pipe.scheduler.set_timesteps(steps)
     fields: dict[str, Any] = {
-        "schema_version": version_for(units),
         "generator": "tests",
         "model": ModelFingerprint(**model_fingerprint(pipe.transformer)),
         "setting": {},
@@ -147,12 +144,9 @@ def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) 
         "branches": 2 if getattr(pipe, "guided", True) else 1,
         "units": tuple(units),
         "budget": Budget(fraction=0.5),
-        "predicted": Predicted(
-            speedup=2.0, compute_share=0.5, psnr_db=None, psnr_worst_db=None, cache_bytes=0
-        ),
-        "certificate": Certificate(
-            solver="dp", gains="unit", power=1.0, objective=0.0, lower_bound=0.0, gap=0.0
-        ),
+        "asked": Options(),
+        "predicted": Predicted(speedup=2.0, compute_share=0.5, cache_bytes=0),
+        "certificate": Certificate(solver="by hand", value=0.0),
     }
     return Plan(**(fields | changes))
 
@@ -160,51 +154,52 @@ def make_plan(pipe: Any, steps: int, units: Sequence[UnitPlan], **changes: Any) 
 def random_units(
     block_lists: Mapping[str, int], steps: int, rng: random.Random, with_step: bool = True
 ) -> list[UnitPlan]:
-    """A valid plan: any cuts, any cells, spans that reach a refresh, random gains."""
+    """A valid plan: any cuts, any cells, any taps, published spans that reach a computed step."""
     units: list[UnitPlan] = []
     runs = [True] * steps
     if with_step:
-        cells, gains = _random_row(runs, rng, correct=True)
+        cells = "#" + "".join(rng.choice("#0") for _ in range(steps - 1))
         runs = [symbol == "#" for symbol in cells]
-        taps = _random_taps(cells, rng)
-        units.append(step(cells, taps=taps) if rng.random() < 0.5 else step(cells, gains))
+        units.append(step(cells, _step_taps(cells, rng) if rng.random() < 0.7 else None))
     for name, count in block_lists.items():
         cuts = sorted(rng.sample(range(count + 1), k=min(count + 1, rng.randint(2, 4))))
         for start, stop in itertools.pairwise(cuts):
-            cells, gains = _random_row(runs, rng, correct=False)
-            units.append(group(name, start, stop, cells, gains))
+            units.append(group(name, start, stop, *_group_row(runs, rng)))
     return units
 
 
-def _random_taps(cells: str, rng: random.Random) -> list[list[float]]:
-    """Up to four coefficients at some computed steps, now and then one of 0."""
-    taps: list[list[float]] = []
-    for index, symbol in enumerate(cells):
-        most = min(cells[:index].count("#"), 4) if symbol == "#" else 0
-        count = rng.randint(0, most)
-        taps.append([rng.choice([0.0, rng.uniform(-0.4, 0.4)]) for _ in range(count)])
-    return taps
+def _some_taps(most: int, rng: random.Random) -> list[float]:
+    """Up to four coefficients, now and then one of 0."""
+    count = rng.randint(0, min(most, 4))
+    return [rng.choice([0.0, rng.uniform(-0.4, 0.4)]) for _ in range(count)]
 
 
-def _random_row(runs: Sequence[bool], rng: random.Random, correct: bool) -> tuple[str, list[float]]:
-    cells, gains, refreshes = "", [], []
+def _step_taps(cells: str, rng: random.Random) -> list[list[float]]:
+    return [
+        _some_taps(cells[:index].count("#"), rng) if symbol == "#" else []
+        for index, symbol in enumerate(cells)
+    ]
+
+
+def _group_row(runs: Sequence[bool], rng: random.Random) -> tuple[str, list[list[float]]]:
+    cells, rows, done = "", [], []
     for index, run in enumerate(runs):
-        gain = 0.0
+        row: list[float] = []
         if not run:
             symbol = "."
-        elif not refreshes or rng.random() < 0.5:
+        elif not done or rng.random() < 0.5:
             symbol = "#"
-            if correct and refreshes and rng.random() < 0.5:
-                gain = rng.uniform(-0.3, 0.3)
-            refreshes.append(index)
+            done.append(index)
         else:
-            reach = refreshes[-1] - refreshes[0]
-            span = rng.randint(0, min(reach, 9))
-            symbol = str(span)
-            gain = rng.uniform(-0.5, 1.5) if span else 0.0
+            row = _some_taps(len(done) - 1, rng)
+            read = [h for h, tap in enumerate(row) if tap]
+            # Without taps of its own a cell reuses, or is the published predictor.
+            base = done[-2 - read[-1]] if read else rng.choice(done)
+            symbol = SPANS[done[-1] - base]
+            row = row if read else []
         cells += symbol
-        gains.append(gain)
-    return cells, gains
+        rows.append(row)
+    return cells, rows
 
 
 class SlowRuntime:
@@ -249,20 +244,13 @@ class SlowRuntime:
             sigma = self.sigmas[index]
             if symbol == "#":
                 velocities[index] = used = self._velocity(index, sigma, latent)
-                gain = whole.gains[index] if whole is not None and whole.gains else 0.0
-                if gain:
-                    previous = max(s for s in velocities if s < index)
-                    used = used + gain * (used - velocities[previous])
                 if whole is not None and whole.taps is not None:
                     earlier = sorted((s for s in velocities if s < index), reverse=True)
                     for source, tap in zip(earlier, whole.taps[index], strict=False):
                         used = used + tap * (velocities[index] - velocities[source])
                 handed_on = used
-            elif whole is not None and whole.taps is not None:
-                used = handed_on
             else:
-                assert whole is not None
-                used = self._predict(whole, index, velocities)
+                used = handed_on
             if latent is None:
                 latent = torch.linspace(-1.0, 2.0, used.numel())
             latent = latent + (self.sigmas[index + 1] - sigma) * used
@@ -279,15 +267,17 @@ class SlowRuntime:
         return outputs[1] + 2.0 * (outputs[0] - outputs[1])
 
     def _predict(self, unit: UnitPlan, index: int, values: Mapping[int, Tensor]) -> Tensor:
-        refreshes = [s for s in range(index) if unit.cells[s] == "#"]
-        anchor = refreshes[-1]
-        span = int(unit.cells[index], 36)
-        if span == 0:
-            return values[anchor]
-        base = max(s for s in refreshes if s <= anchor - span)
-        gain = 1.0 if unit.gains is None else unit.gains[index]
-        slope = (values[anchor] - values[base]) / (self.sigmas[anchor] - self.sigmas[base])
-        return values[anchor] + gain * (self.sigmas[index] - self.sigmas[anchor]) * slope
+        done = [s for s in range(index) if unit.cells[s] == "#"]
+        anchor, span = done[-1], int(unit.cells[index], 36)
+        taps = () if unit.taps is None else unit.taps[index]
+        result = values[anchor]
+        for source, tap in zip(done[-2::-1], taps, strict=False):
+            result = result + tap * (values[anchor] - values[source])
+        if not taps and span:
+            base = anchor - span
+            slope = (values[anchor] - values[base]) / (self.sigmas[anchor] - self.sigmas[base])
+            result = values[anchor] + (self.sigmas[index] - self.sigmas[anchor]) * slope
+        return result
 
     def _patch(
         self, unit: UnitPlan, block_list: Any, block: nn.Module, position: int, original: Any

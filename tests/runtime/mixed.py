@@ -12,9 +12,9 @@ from tests.runtime.harness import LoopPipeline, group, step
 STEPS = 6
 LIST = "transformer_blocks"
 MIXED = [
-    step("###1##", (0.0, 0.0, 0.2, 0.7, 0.0, 0.1)),
-    group(LIST, 0, 2, "##1.0#"),
-    group(LIST, 2, 4, "##0.#1"),
+    step("###0##", [(), (), (0.2,), (), (), (0.1, 0.0, -0.1)]),
+    group(LIST, 0, 2, "##1.1#", [(), (), (), (), (0.4,), ()]),
+    group(LIST, 2, 4, "##0.#4", [(), (), (), (), (), (0.2, -0.3)]),
 ]
 
 

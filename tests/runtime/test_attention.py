@@ -27,7 +27,7 @@ def test_every_backend_of_the_cpu(name: str, backend: str) -> None:
         # It takes no mask of this kind.
         pipe.inputs.pop("encoder_hidden_states_mask", None)
     lists = model_fingerprint(pipe.transformer)["block_lists"]
-    units = [step("###1"), *(group(n, 0, count, "#0#.") for n, count in lists.items())]
+    units = [step("###0"), *(group(n, 0, count, "#0#.") for n, count in lists.items())]
     plan = make_plan(pipe, STEPS, units)
     with apply_plan(pipe, plan) as run:
         expected = pipe(STEPS)

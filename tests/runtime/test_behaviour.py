@@ -153,7 +153,7 @@ def test_a_run_that_starts_late_computes_what_it_cannot_predict() -> None:
     pipe = pipeline()
     with apply_plan(pipe, make_plan(pipe, STEPS, [step("###000")])) as run:
         result = pipe(STEPS, start=3)
-    assert run.report().warnings[0] == ("step: what step 3 predicts from was not stored (2 times)")
+    assert run.report().warnings[0] == ("step: what step 3 repeats was not stored (2 times)")
     assert torch.equal(result, pipe(STEPS, start=3))
 
 
@@ -165,7 +165,7 @@ def test_a_multistep_run_that_starts_late_computes_until_its_rows_are_whole() ->
         result = pipe(STEPS, start=2)
         report = run.report()
     # Step 2 cannot be corrected, so step 3, which would repeat it, is computed.
-    assert any("what corrects step 2" in warning for warning in report.warnings)
+    assert any("taps of step 2" in warning for warning in report.warnings)
     (unit,) = report.units
     assert sum(unit.seen_computed.values()) == 2 * 3
     assert not torch.equal(result, pipe(STEPS, start=2))

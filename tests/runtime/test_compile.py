@@ -96,7 +96,7 @@ def test_a_model_compiled_as_a_whole_takes_the_step_unit_only() -> None:
     pipe = LoopPipeline(*build("QwenImageTransformer2DModel", num_layers=1))
     eager = pipe.transformer
     with_groups = make_plan(pipe, STEPS, [group(LIST, 0, 1, "##1###")])
-    only_step = make_plan(pipe, STEPS, [step("##0#10")])
+    only_step = make_plan(pipe, STEPS, [step("##0#00")])
     with apply_plan(pipe, only_step):
         expected = pipe(STEPS)
     pipe.transformer = torch.compile(eager, backend="eager")
@@ -123,7 +123,7 @@ def test_compiling_the_whole_model_under_a_plan_is_explained(how: str) -> None:
 
 def test_a_model_compiled_under_a_plan_of_whole_steps_keeps_it() -> None:
     pipe = LoopPipeline(*build("QwenImageTransformer2DModel", num_layers=1))
-    with apply_plan(pipe, make_plan(pipe, STEPS, [step("##0#10")])) as run:
+    with apply_plan(pipe, make_plan(pipe, STEPS, [step("##0#00")])) as run:
         expected = pipe(STEPS)
         pipe.transformer.compile(backend="eager")
         # The gate at the root is taken back at the scheduler's first step.

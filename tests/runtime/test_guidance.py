@@ -49,7 +49,7 @@ def test_sequential_guidance_that_ends_midway() -> None:
     # call was answered, and what follows is computed.
     assert unit.seen_predicted == {"call 0": 2, "call 1": 1}
     assert unit.seen_computed == {"call 0": 3, "call 1": 2}
-    assert "step: the calls at step 3 are not those that it predicts from" in run.report().warnings
+    assert "step: the calls at step 3 are not those that it repeats" in run.report().warnings
     assert (result - uncached).norm() < 0.5 * uncached.norm()
 
 
@@ -81,7 +81,7 @@ def test_three_calls_a_step_keep_apart() -> None:
     assert not torch.equal(result, uncached)
     assert not torch.equal(result, call())
     # Exact where everything is computed, and with the step unit too.
-    whole = plan_for(pipe, lambda: call(**everywhere), [step("##1#0")])
+    whole = plan_for(pipe, lambda: call(**everywhere), [step("##0#0")])
     with apply_plan(pipe, whole) as run:
         assert (call(**everywhere) - uncached).norm() < uncached.norm()
     assert run.report().warnings == ()

@@ -75,7 +75,7 @@ def _parallel(pipe: LoopPipeline) -> None:
 def _compare_one(name: str) -> None:
     lists = model_fingerprint(_pipe(name).transformer)["block_lists"]
     # Groups over all blocks, so that the splitting block is in one.
-    units = [step("###1"), *(group(n, 0, count, "##1.") for n, count in lists.items())]
+    units = [step("###0"), *(group(n, 0, count, "##1.") for n, count in lists.items())]
     alone = _pipe(name)
     uncached = alone(STEPS)
     plan = make_plan(alone, STEPS, units)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layercache.runtime import apply_plan
-from layercache.runtime.arithmetic import add, difference, mean_velocity, predict
+from layercache.runtime.arithmetic import add, affine
 from tests.models.zoo import build
 from tests.runtime.harness import LoopPipeline, group, make_plan, step
 from tests.runtime.mixed import LIST, MIXED, STEPS, pipeline
@@ -26,7 +26,10 @@ def test_fifty_steps_of_reuse_stay_finite(dtype: torch.dtype) -> None:
     model.img_in.weight.data *= 1e3
     pipe = LoopPipeline(model, inputs)
     assert pipe(2).isfinite().all()
-    units = [group(LIST, 0, 4, "##" + "1" * 48, [0.0, 0.0] + [1.5] * 48)]
+    pipe.scheduler.set_timesteps(50)
+    first, second, *later = pipe.scheduler.sigmas.tolist()
+    taps = [(1.5 * (sigma - second) / (second - first),) for sigma in later[:-1]]
+    units = [group(LIST, 0, 4, "##" + "1" * 48, [(), (), *taps])]
     with apply_plan(pipe, make_plan(pipe, 50, units)):
         assert pipe(50).isfinite().all()
 
@@ -35,18 +38,18 @@ def test_half_precision_saturates_and_does_not_overflow() -> None:
     large = torch.tensor([60000.0, -60000.0], dtype=torch.float16)
     end = torch.finfo(torch.float16).max
     saturated = torch.tensor([end, -end], dtype=torch.float16)
-    assert torch.equal(predict(large, -large, 1.5), saturated)
-    assert torch.equal(difference(large, -large), saturated)
+    assert torch.equal(affine(large, [-large], [1.5]), saturated)
     assert torch.equal(add(large, large), saturated)
-    assert torch.equal(mean_velocity(large, [-large, -large], [0.5, 0.5]), saturated)
+    assert torch.equal(affine(large, [-large, -large], [0.5, 0.5]), saturated)
 
 
-def test_a_prediction_is_linear_in_the_weight() -> None:
-    anchor, base = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 3.0])
-    assert predict(anchor, base, 0.0) is anchor
-    assert predict(anchor, None, 0.5) is anchor
-    for weight in (-2.0, -0.7, 0.25, 3.0):
-        torch.testing.assert_close(predict(anchor, base, weight), anchor + weight * (anchor - base))
+def test_a_prediction_is_linear_in_the_taps() -> None:
+    value = torch.tensor([2.0, -1.0])
+    earlier = [torch.tensor([1.0, 3.0]), torch.tensor([-4.0, 0.5]), torch.tensor([0.0, 7.0])]
+    assert affine(value, [], []) is value
+    for taps in ([-2.0], [0.25], [0.5, -0.7], [3.0, 0.0, -1.5]):
+        wanted = value + sum(b * (value - u) for b, u in zip(taps, earlier, strict=False))
+        torch.testing.assert_close(affine(value, earlier[: len(taps)], taps), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -132,6 +135,6 @@ def test_means_are_accumulated_in_single_precision(dtype: torch.dtype) -> None:
     exact = value.double() * (1 + sum(taps))
     for other, tap in zip(others, taps, strict=True):
         exact -= tap * other.double()
-    found = mean_velocity(value, others, taps)
+    found = affine(value, others, taps)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)

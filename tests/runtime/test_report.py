@@ -39,7 +39,7 @@ def test_counts_bytes_and_times_by_unit_and_branch(clock: dict[str, float]) -> N
     pipe = pipeline()
     for index, block in enumerate(pipe.transformer.transformer_blocks):
         taking(block, 10.0**index, clock)
-    units = [*MIXED[:2], group(LIST, 2, 3, "##0.#1")]
+    units = [*MIXED[:2], group(LIST, 2, 3, "##0.#3")]
     with warnings.catch_warnings(), apply_plan(pipe, make_plan(pipe, STEPS, units)) as run:
         warnings.simplefilter("error")
         pipe(STEPS)

@@ -83,7 +83,7 @@ def test_a_registered_adapter_is_enough(form: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UnsupportedModelError, match="no adapter knows Model"):
         make_plan(pipe, 4, [])
     declare()
-    units = [group("blocks", 0, 2, "##1#"), group("blocks", 3, 4, "#0#1")]
+    units = [group("blocks", 0, 2, "##1#"), group("blocks", 3, 4, "#0#2")]
     expected = SlowRuntime(pipe, 4, units).run()
     with apply_plan(pipe, make_plan(pipe, 4, units)) as run:
         assert torch.allclose(pipe(4), expected, atol=1e-6)
@@ -118,7 +118,7 @@ class WrappingModel(nn.Module):
 
 def test_an_output_in_a_tuple_of_one_has_to_be_declared() -> None:
     pipe = LoopPipeline(WrappingModel(), {k: v for k, v in inputs().items() if k != "text"}, False)
-    units = [group("blocks", 0, 3, "#0#1")]
+    units = [group("blocks", 0, 3, "#0#2")]
     tokens = ("tokens",)
     register_adapter(Adapter("WrappingModel", (BlockList("blocks", tokens, tokens),)))
     run = apply_plan(pipe, make_plan(pipe, 4, units))

@@ -146,11 +146,9 @@ def variants(inputs: Inputs) -> Iterator[Variant]:
     yield row("default", "as `compile_plan` gives it")
     yield row("units", "groups only", units=("groups",))
     yield row("units", "step unit only", units=("step",))
-    yield row("prediction", "reuse", gains="none")
-    yield row("prediction", "JVP, base is the refresh before", gains="unit", history=1)
-    yield row("prediction", "JVP, base of two chosen", gains="unit")
-    yield row("prediction", "per-cell gains", gains="cell")
-    yield row("prediction", "trajectory gains", gains="trajectory")
+    yield row("prediction", "reuse", predictor="reuse")
+    yield row("prediction", "published (JVP)", predictor="published")
+    yield row("solver", "dp", solver="dp")
     yield row("solver", "greedy", solver="greedy")
     yield row("solver", "greedy, groups only", solver="greedy", units=("groups",))
     yield Variant("solver", "published: greedy, groups, JVP", PUBLISHED, inputs.stats)
@@ -161,8 +159,6 @@ def variants(inputs: Inputs) -> Iterator[Variant]:
         partial(inputs.stats, mode="residual"),
         units=("groups",),
     )
-    for power in (2.0, 4.0):
-        yield row("power", f"{power:g}", power=power)
     for groups in (1, PUBLISHED_GROUPS, 8):
         yield row("groups", f"{groups}", partial(inputs.stats, groups=groups))
         yield row(

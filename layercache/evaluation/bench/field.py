@@ -44,7 +44,7 @@ from layercache.evaluation.peers.nodes import NodeSearch
 from layercache.evaluation.peers.seacache import SeaCache
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.options import Options
-from layercache.plan import REFRESH, Budget, Plan
+from layercache.plan import COMPUTED, Budget, Plan
 from layercache.reference import prompts
 from layercache.refine import refine_plan
 from layercache.stats import CalibrationStats
@@ -93,7 +93,7 @@ def _refined(inputs: Inputs) -> list[Entrant]:
         assert isinstance(entrant.method, LayerCache)
         plan = entrant.method.plan
         unit = plan.step_unit
-        if unit is not None and set(unit.cells) != {REFRESH}:
+        if unit is not None and set(unit.cells) != {COMPUTED}:
             refine = functools.partial(_refine, inputs, plan)
             plan = Plan.from_dict(inputs.store.kept("refined plan", [plan], refine))
         method = LayerCache(plan, name="layercache-refined")

@@ -37,7 +37,7 @@ from layercache.evaluation.peers.skipping import skip_steps
 from layercache.evaluation.trajectories import Trajectories
 from layercache.models.pipelines import run_pipeline
 from layercache.models.stepping import StepFunction
-from layercache.solver.rows import fit_row
+from layercache.prediction.ridge import fit_row
 
 Array = NDArray[np.float64]
 

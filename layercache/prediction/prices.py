@@ -1,4 +1,4 @@
-"""Prices of all cells of all units, from calibration statistics.
+"""Separable prices of all cells of all units: what solvers propose schedules on.
 
 Shape suffixes: P prompts, T steps, M lags, L lags of the anchor, J distances of the base.
 
@@ -6,104 +6,90 @@ Caching step t with anchor a and base b moves the velocity by
 
     delta = D_a + w (D_a - D_b),    w = gamma (sigma_t - sigma_a) / (sigma_a - sigma_b),
 
-where D_a is the measured velocity delta of plain reuse of a (for a group `stats.deltas` at lag t -
-a, for the whole step v_a - v_t), and the Euler step turns it into a latent error of
+where D_a is the velocity delta of plain reuse of a (for a group `stats.deltas` at lag t - a, for
+the whole step v_a - v_t), and the step turns it into a latent error of
 
     price(t, a, b) = A_t^2 (sigma_{t+1} - sigma_t)^2 * mean over prompts of ||delta||^2 / numel,
 
 with A_t (`stats.propagation`) how much longer an error made at step t is when it reaches the end.
+The gain gamma is 1 for the published predictor and each cell's own least-squares optimum over the
+prompts, shrunk towards 1, where taps will be fitted.
 
-Both are quadratic forms of the Gram matrix of {D_lag}, so every anchor, span and gain is priced
-from one Gram a step, without forming a single delta. The gain of a cell is 0 (`"none"`), 1
-(`"unit"`, the published predictor), or its own least-squares optimum over the prompts (`"cell"`),
-shrunk towards 1.
+Both are quadratic forms of the Gram matrix of {D_lag}, so every anchor and span is priced from one
+Gram a step, without forming a single delta. A sum of prices does not see that errors of different
+steps cancel or add up: that is what `error` is for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from layercache.errors import LayerCacheError
+from layercache.costs import STEP, cell_ms
 from layercache.solver.problem import FloatArray, UnitCosts
 from layercache.stats import CalibrationStats
 
-STEP_NAME = "step"
 STEP_LAGS = 12
-STEP_SPANS = 12
+"""Longest lag and span of the step unit."""
 CELL_SHRINKAGE = 0.02
 GAIN_RANGE = (-1.0, 4.0)
-_MAX_SPAN = 35
 
 
-@dataclass(frozen=True, eq=False)
-class PricedUnit:
-    """A unit's costs, and the gain (T, L, J+1) that each of its prices stands for."""
-
-    costs: UnitCosts
-    gains: FloatArray
-
-
-def price_units(
-    stats: CalibrationStats,
-    units: Sequence[str] = ("step", "groups"),
-    gains: str = "cell",
-    *,
-    step_lags: int = STEP_LAGS,
-    step_spans: int = STEP_SPANS,
-) -> tuple[PricedUnit, ...]:
+def price(
+    stats: CalibrationStats, units: Sequence[str], predictor: str = "fitted"
+) -> tuple[UnitCosts, ...]:
     """Price the step unit, the groups, or both (then the step unit comes first).
 
     Without groups a computed step costs all of the transformer's time, so that the step unit's
-    `refresh_ms` is then the whole call's.
+    `compute_ms` is then the whole call's.
 
     Args:
         stats: Calibration statistics.
         units: `"step"`, `"groups"`, or both.
-        gains: How a predicted cell's gain is chosen.
-        step_lags: Longest lag of the step unit's anchor.
-        step_spans: Longest distance between its anchor and base.
-
-    Raises:
-        LayerCacheError: `units` or `gains` is unknown.
+        predictor: `"fitted"`, `"published"` or `"reuse"`.
 
     Example:
-        >>> step, *groups = price_units(stats)  # doctest: +SKIP
-        >>> step.costs.errors.shape  # doctest: +SKIP
+        >>> step, *groups = price(stats, ("step", "groups"))  # doctest: +SKIP
+        >>> step.errors.shape  # doctest: +SKIP
         (50, 12, 13)
     """
-    unknown = sorted(set(units) - {"step", "groups"})
-    if unknown or not units:
-        raise LayerCacheError(f"units is {tuple(units)!r}; use 'step', 'groups' or both")
-    if gains not in ("none", "unit", "cell"):
-        raise LayerCacheError(f"gains is {gains!r}; cells have 'none', 'unit' or 'cell'")
-    priced = []
+    times, priced = cell_ms(stats), []
     if "step" in units:
-        errors, table = _price(stats, _velocity_gram(stats, step_lags + step_spans), gains)
-        whole = stats.rest_ms + (0.0 if "groups" in units else float(stats.group_ms.sum()))
-        costs = UnitCosts(
-            name=STEP_NAME,
-            kind="step",
-            refresh_ms=whole,
-            residual_bytes=stats.velocity_bytes,
-            extra_bytes=stats.output_bytes,
-            errors=errors[:, :step_lags, : step_spans + 1],
+        errors = _prices(stats, _velocity_gram(stats, 2 * STEP_LAGS), predictor)
+        whole = times[:, -1] if "groups" in units else times.sum(axis=1)
+        priced.append(
+            UnitCosts(
+                name=STEP,
+                kind="step",
+                compute_ms=whole,
+                residual_bytes=stats.velocity_bytes,
+                extra_bytes=stats.output_bytes + stats.velocity_bytes,
+                errors=errors[:, :STEP_LAGS, : STEP_LAGS + 1],
+            )
         )
-        priced.append(PricedUnit(costs, table[:, :step_lags, : step_spans + 1]))
     if "groups" in units:
         for index, group in enumerate(stats.groups):
-            errors, table = _price(stats, _delta_gram(stats, index), gains)
-            costs = UnitCosts(
-                name=group.name,
-                kind="group",
-                refresh_ms=float(stats.group_ms[index]),
-                residual_bytes=int(stats.group_bytes[index]),
-                errors=errors[:, :, : _MAX_SPAN + 1],
+            priced.append(
+                UnitCosts(
+                    name=group.name,
+                    kind="group",
+                    compute_ms=times[:, index],
+                    residual_bytes=int(stats.group_bytes[index]),
+                    errors=_prices(stats, _delta_gram(stats, index), predictor),
+                )
             )
-            priced.append(PricedUnit(costs, table[:, :, : _MAX_SPAN + 1]))
     return tuple(priced)
+
+
+def uncacheable(stats: CalibrationStats) -> frozenset[int]:
+    """Steps that no plan may cache, besides the first.
+
+    Those that another expert of the pipeline makes, and the first of each segment.
+    """
+    first = 1 + np.flatnonzero(np.diff(stats.segments) > 0)
+    elsewhere = np.flatnonzero(stats.loads.max(axis=1) <= 0)
+    return frozenset(first.tolist()) | frozenset(elsewhere.tolist())
 
 
 def _delta_gram(stats: CalibrationStats, group: int) -> FloatArray:
@@ -127,8 +113,8 @@ def _velocity_gram(stats: CalibrationStats, lags: int) -> FloatArray:
     return gram
 
 
-def _price(stats: CalibrationStats, gram: FloatArray, mode: str) -> tuple[FloatArray, FloatArray]:
-    """Prices and gains (T, M, M) at [t, i, j], infinite where t - 1 - i - j < 0 or i + j >= M."""
+def _prices(stats: CalibrationStats, gram: FloatArray, predictor: str) -> FloatArray:
+    """Prices (T, M, M) at [t, i, j], infinite where t - 1 - i - j < 0 or i + j >= M."""
     sigmas = np.asarray(stats.sigmas, dtype=np.float64)
     steps, lags = gram.shape[1], gram.shape[2]
     t, i, j = np.ogrid[:steps, :lags, :lags]
@@ -147,25 +133,22 @@ def _price(stats: CalibrationStats, gram: FloatArray, mode: str) -> tuple[FloatA
     rise = sigmas[t] - sigmas[np.maximum(anchor, 0)]
     reach = np.where(predicts, rise / np.where(predicts, run, 1.0), 0.0)
 
-    if mode == "none":
-        gains = np.zeros(reach.shape)
+    if predictor == "reuse":
         usable = usable & (j == 0)
-    elif mode == "unit":
+        gains = np.zeros(reach.shape)
+    elif predictor == "published":
         gains = np.where(predicts, 1.0, 0.0)
     else:
-        gains = np.where(
-            predicts,
-            cell_gains((reach * slope).sum(axis=0), (reach**2 * curve).sum(axis=0)),
-            0.0,
-        )
+        own = _cell_gains((reach * slope).sum(axis=0), (reach**2 * curve).sum(axis=0))
+        gains = np.where(predicts, own, 0.0)
     weight = gains * reach
     squared = np.maximum(aa + 2 * weight * slope + weight**2 * curve, 0.0)
-    euler = (np.diff(sigmas) * stats.propagation)[:, None, None] ** 2
-    prices = np.where(usable, euler * squared.mean(axis=0) / stats.numel, np.inf)
-    return prices, gains
+    moved = (np.diff(sigmas) * stats.propagation)[:, None, None] ** 2
+    prices: FloatArray = np.where(usable, moved * squared.mean(axis=0) / stats.numel, np.inf)
+    return prices
 
 
-def cell_gains(inner: FloatArray, norm: FloatArray) -> FloatArray:
+def _cell_gains(inner: FloatArray, norm: FloatArray) -> FloatArray:
     """Argmin over gamma of sum ||x + gamma y||^2 + s ||y||^2 (gamma - 1)^2, clipped.
 
     `inner` is sum <x, y> and `norm` sum ||y||^2 over prompts; s is `CELL_SHRINKAGE`. Where y

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from layercache.errors import StatsError
-from layercache.solver.resample import resample
+from layercache.prediction.resample import resample
 from layercache.stats import CalibrationStats
-from tests.solver.strategies import random_stats
+from tests.prediction.strategies import random_stats
 
 
 def linear_stats(steps: int = 20, lags: int = 6) -> CalibrationStats:

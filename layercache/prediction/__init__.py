@@ -1,0 +1,27 @@
+"""What a schedule does to the image, foretold from statistics: numpy, knows no plan.
+
+- `prices`: separable prices, which solvers propose on
+- `cells`, `ridge`: the taps of cached groups, and how all taps are fitted
+- `error`: the error model, which fits the step unit's taps and scores schedules
+- `anneal`, `moves`, `search`: schedules that make the score small
+- `resample`: statistics at other noise levels
+"""
+
+from layercache.prediction.error import DEPTH, ErrorModel, Fit, predicted_psnr
+from layercache.prediction.moves import Table
+from layercache.prediction.prices import STEP_LAGS, price, uncacheable
+from layercache.prediction.resample import resample
+from layercache.prediction.search import Search
+
+__all__ = [
+    "DEPTH",
+    "STEP_LAGS",
+    "ErrorModel",
+    "Fit",
+    "Search",
+    "Table",
+    "predicted_psnr",
+    "price",
+    "resample",
+    "uncacheable",
+]

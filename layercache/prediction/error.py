@@ -1,0 +1,416 @@
+"""The error model: how far the accelerated run ends from the uncached one, foretold.
+
+Between a computed step a and the next one e (or the end) the latent makes one move, by the mean
+velocity m_a = u_a + sum_h b_h (u_a - u_{a_h}). With z the latents of the uncached run, the error of
+the latent that these moves add up to is
+
+    S_e = S_a + (sigma_e - sigma_a) m_a - (z_e - z_a).
+
+u_t = v_t + delta_t is what step t computes: the uncached run's velocity, moved by the groups that
+are cached there (`cells`). The taps of each row b_a are fitted (`ridge`) to make the error at the end
+of its own stretch small, given what the rows before have left: errors are paid back soon, and no row
+leans on a later one. Before the first skipped step (under Euler's method, the first cached group)
+the sampler moves the latent as it would: S_e = S_a + (sigma_e - sigma_a) delta_a.
+
+Beside S goes a variance D of what is known by its size only, for each prompt. With g = A_a / A_e,
+A the growth of an error until the end (`stats.propagation`),
+
+    D_e = g^2 D_a + (g^2 - 1) ||S_a||^2
+        + (sigma_e - sigma_a)^2 [ (1 + sum_h b_h)^2 I_a + sum_h b_h^2 I_{a_h} ]
+        + sum_h ((sigma_e - sigma_a) b_h rate)^2 (||S_a - S_{a_h}||^2 + D_a + D_{a_h})
+
+- Errors grow, and what grows turns into directions that only the model knows: the first line. So
+  errors can be paid back before they have grown, not after. (If S grew in its own direction instead,
+  schedules would be foretold 4 to 5 dB better than they come out: docs/solver/error.md.)
+- The last line: the accelerated run's velocities are those of latents that are off. The part of it
+  that lets errors grow is in A; a tap multiplies besides how differently off two of them are. The
+  rate, of the velocity by the latent, is the mean rate of the growth, at least 1. Without it a search
+  finds schedules with large taps, on which the run does not do as foretold.
+- I_t is what groups that are cached at one step do to one another, which was not measured: it is
+  taken to be as large as it can be if each group's change keeps its size and all point one way,
+  (sum_g ||delta_g||)^2 - sum_g ||delta_g||^2. *Joint deltas, once calibration measures them, go
+  here: their mean into delta_t, and nothing into I_t.*
+
+Statistics of mode `"residual"` know no directions between groups: delta_t is 0 then, and all of
+(sum_g ||delta_g||)^2 is in I_t.
+
+The *score* is the mean over prompts of log10(||S||^2 + D) at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layercache.prediction.cells import Cell, GroupCells
+from layercache.prediction.ridge import DECIMALS, LeastSquares, quick_fit
+from layercache.solver.problem import BoolArray
+from layercache.stats import CalibrationStats, FloatArray
+
+DEPTH = 4
+"""Earlier computed values that a prediction may read. Of step rows, two lost 0.4 dB and six gained
+0.05 (mean of four budgets, 32 validation prompts)."""
+LEAST_RATE = 1.0
+"""How fast a velocity changes with its latent, whatever the growth: for Gaussian data it is 1 at
+both ends of a straight path."""
+SKETCH = 64
+"""Numbers that a vector is folded to while schedules with cached groups are searched."""
+_TRAILS = 3
+
+Cells = tuple[tuple[int, tuple[int, ...]], ...]
+"""The cached groups of a computed step, with the steps that each reads."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A computed step and those until the next: what one row of taps is responsible for.
+
+    `moved` says whether the plan moves the latent: from the first skipped step on, and under Euler's
+    method, whose own moves are the same, from the first cached group on. Before, the sampler does.
+    """
+
+    start: int
+    stop: int
+    cells: Cells
+    moved: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Passed:
+    """The computed steps that a row may read, latest first: h of them.
+
+    Their velocities and the errors on arriving there (h, P, N), I and D (h, P), and the last one.
+    """
+
+    velocities: FloatArray
+    errors: FloatArray
+    unsure: FloatArray
+    drift: FloatArray
+    last: int
+
+    def and_then(
+        self, start: int, velocity: FloatArray, unsure: FloatArray, state: _State, depth: int
+    ) -> _Passed:
+        """One more, of which `depth` are kept."""
+        return _Passed(
+            np.concatenate([velocity[None], self.velocities[: depth - 1]]),
+            np.concatenate([state.error[None], self.errors[: depth - 1]]),
+            np.concatenate([unsure[None], self.unsure[: depth - 1]]),
+            np.concatenate([state.drift[None], self.drift[: depth - 1]]),
+            start,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """S (P, N) and D (P,) on arriving at a step, the computed steps before, and the last taps."""
+
+    error: FloatArray
+    drift: FloatArray
+    passed: _Passed
+    taps: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A schedule with its taps.
+
+    Attributes:
+        computed: (T, 1+G) computed cells, of the step unit and of each group.
+        taps: A row a step, of the step unit.
+        cells: For each group its cached cells, by step.
+        error: (P,) mean squared error per element of the final latent, D included.
+    """
+
+    computed: BoolArray
+    taps: tuple[tuple[float, ...], ...]
+    cells: tuple[dict[int, Cell], ...]
+    error: FloatArray
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is cached."""
+        return bool(self.computed.all())
+
+    @property
+    def score(self) -> float:
+        """Mean log10 of the error; minus infinity for an exact schedule."""
+        return mean_log10(self.error)
+
+
+class ErrorModel:
+    """Fits and scores schedules of one set of statistics.
+
+    A schedule is a table (T, 1+G): whether each step, and each group, is computed.
+
+    Args:
+        stats: Calibration statistics.
+        predictor: `"fitted"`, `"published"` or `"reuse"`.
+        depth: Most earlier computed values that a prediction reads.
+        quick: For a search: vectors are made short, and taps have one ridge.
+        groups: Whether groups may be cached; a search without needs less.
+
+    Example:
+        >>> model = ErrorModel(stats)  # doctest: +SKIP
+        >>> model.fit(computed).taps[20]  # doctest: +SKIP
+        (0.731, -0.204, 0.05, -0.011)
+    """
+
+    def __init__(
+        self,
+        stats: CalibrationStats,
+        predictor: str = "fitted",
+        depth: int = DEPTH,
+        *,
+        quick: bool = False,
+        groups: bool = True,
+    ) -> None:
+        self.predictor, self.depth, self.quick = predictor, depth, quick
+        self.steps, self.numel = stats.num_steps, stats.numel
+        self.sigmas = np.asarray(stats.sigmas, dtype=np.float64)
+        self.growth = np.append(stats.propagation, stats.propagation[-1])
+        grown = np.log(self.growth[0] / self.growth[-1])
+        self.rate = max(LEAST_RATE, float(grown / (self.sigmas[0] - self.sigmas[-1])))
+        # The first steps of segments: nothing is read across them.
+        self.begins = np.diff(stats.segments, prepend=-1) > 0
+        self.euler = moves_as_euler(stats)
+        self.joint = stats.mode == "replay"
+        velocities = np.asarray(stats.velocities, dtype=np.float64)
+        if self.euler:
+            moves = np.diff(self.sigmas)[:, None] * velocities
+        else:
+            moves = np.diff(np.asarray(stats.latents, dtype=np.float64), axis=1)
+        deltas = np.asarray(stats.deltas) if groups else None
+        if quick and deltas is None:
+            vectors = short(np.concatenate([velocities, moves], axis=1))
+            velocities, moves = vectors[:, : self.steps], vectors[:, self.steps :]
+        elif quick:
+            velocities, moves = fold(velocities, SKETCH), fold(moves, SKETCH)
+            deltas = None if deltas is None else fold(deltas, SKETCH)
+        latents = np.pad(np.cumsum(moves, axis=1), ((0, 0), (1, 0), (0, 0)))
+        self.velocities = np.ascontiguousarray(velocities.swapaxes(0, 1))
+        self.latents = np.ascontiguousarray(latents.swapaxes(0, 1))
+        self.groups = None if deltas is None else GroupCells(stats, deltas, predictor, quick)
+        self._velocities: dict[tuple[int, Cells], tuple[FloatArray, FloatArray]] = {}
+        empty = np.zeros((0, *self.velocities.shape[1:]))
+        self._none = _Passed(empty, empty, empty[..., 0], empty[..., 0], -1)
+        self._rises: dict[tuple[int, int], float] = {}
+        self._trails: list[list[tuple[Stretch, _State]]] = []
+
+    def fit(self, computed: BoolArray) -> Fit:
+        """Taps of a schedule, and the error that they leave."""
+        stretches = self.stretches(computed)
+        trail = self._walk(stretches)
+        taps: list[tuple[float, ...]] = [()] * self.steps
+        cells: tuple[dict[int, Cell], ...] = tuple({} for _ in range(computed.shape[1] - 1))
+        for stretch, state in trail:
+            taps[stretch.start] = state.taps
+            for group, sources in stretch.cells:
+                assert self.groups is not None
+                cells[group][stretch.start] = self.groups.cell(stretch.start, group, sources)
+        return Fit(computed, tuple(taps), cells, self._error(trail[-1][1]))
+
+    def score(self, computed: BoolArray) -> float:
+        """Mean log10 of the error that is left, rounded so that machines agree on it."""
+        return round(mean_log10(self._error(self._walk(self.stretches(computed))[-1][1])), 6)
+
+    def relief(self, computed: BoolArray, more: BoolArray) -> float:
+        """What one more computed cell takes away by itself, rounded: log10 of its squared error."""
+        ((step, column), *_) = np.argwhere(more & ~computed).tolist()
+        if column == 0:
+            anchor = int(np.flatnonzero(computed[:step, 0])[-1])
+            moved = self.velocities[anchor] - self.velocities[step]
+            size = np.einsum("pn,pn->p", moved, moved)
+        else:
+            assert self.groups is not None
+            done = np.flatnonzero(computed[:step, column]).tolist()
+            sources = self.groups.sources(step, done, self.depth)
+            size = self.groups.cell(step, column - 1, sources).size ** 2
+        length = self.sigmas[step + 1] - self.sigmas[step]
+        square = float(size.mean()) * (length * self.growth[step]) ** 2
+        return round(float(np.log10(max(square, 1e-300))), 6)
+
+    def stretches(self, computed: BoolArray) -> list[Stretch]:
+        """The rows of a schedule."""
+        starts = np.flatnonzero(computed[:, 0]).tolist()
+        stops = [*starts[1:], self.steps]
+        done: list[list[int]] = [[] for _ in range(computed.shape[1] - 1)]
+        found, moved = [], False
+        for start, stop in zip(starts, stops, strict=True):
+            if self.begins[start]:
+                done = [[] for _ in done]
+            cells = []
+            for group, before in enumerate(done):
+                if computed[start, 1 + group]:
+                    before.append(start)
+                else:
+                    assert self.groups is not None
+                    cells.append((group, self.groups.sources(start, before, self.depth)))
+            moved = moved or stop > start + 1 or (self.euler and bool(cells))
+            found.append(Stretch(start, stop, tuple(cells), moved))
+        return found
+
+    def _error(self, state: _State) -> FloatArray:
+        square = np.einsum("pn,pn->p", state.error, state.error)
+        error: FloatArray = (square + state.drift) * (self.growth[-1] ** 2 / self.numel)
+        return error
+
+    def _walk(self, stretches: Sequence[Stretch]) -> list[tuple[Stretch, _State]]:
+        """The states after each stretch; those that a schedule seen before shares are kept."""
+        best: list[tuple[Stretch, _State]] = []
+        for trail in self._trails:
+            shared = 0
+            for (known, _), stretch in zip(trail, stretches, strict=False):
+                if known != stretch:
+                    break
+                shared += 1
+            if shared > len(best):
+                best, used = trail[:shared], trail
+        if best:
+            self._trails.remove(used)
+            self._trails.insert(0, used)
+        if best:
+            state = best[-1][1]
+        else:
+            prompts, size = self.velocities.shape[1:]
+            state = _State(np.zeros((prompts, size)), np.zeros(prompts), self._none)
+        trail = list(best)
+        for stretch in stretches[len(best) :]:
+            state = self._advance(state, stretch)
+            trail.append((stretch, state))
+        self._trails.insert(1, trail)
+        del self._trails[_TRAILS:]
+        return trail
+
+    def _velocity(self, start: int, cells: Cells) -> tuple[FloatArray, FloatArray]:
+        """U (P, N) of a computed step, and I (P,)."""
+        key = start, cells
+        if key not in self._velocities:
+            velocity, prompts = self.velocities[start], self.velocities.shape[1]
+            sizes: FloatArray = np.zeros(prompts)
+            squares: FloatArray = np.zeros(prompts)
+            for group, sources in cells:
+                assert self.groups is not None
+                cell = self.groups.cell(start, group, sources)
+                sizes = sizes + cell.size
+                if self.joint:
+                    velocity = velocity + cell.delta
+                    squares = squares + cell.size**2
+            self._velocities[key] = velocity, np.maximum(sizes**2 - squares, 0.0)
+        return self._velocities[key]
+
+    def _advance(self, state: _State, stretch: Stretch) -> _State:
+        start, stop = stretch.start, stretch.stop
+        length = self.sigmas[stop] - self.sigmas[start]
+        grown = self.growth[start] / self.growth[stop]
+        velocity, unsure = self._velocity(start, stretch.cells)
+        error = state.error + length * velocity
+        if stretch.moved:
+            error -= self.latents[stop] - self.latents[start]
+        else:
+            error -= length * self.velocities[start]
+        size = np.einsum("pn,pn->p", state.error, state.error)
+        drift = grown**2 * state.drift + (grown**2 - 1) * size
+        earlier = self._none if self.begins[start] else state.passed
+        passed = self._none
+        if self.depth:
+            passed = earlier.and_then(start, velocity, unsure, state, self.depth)
+        count = len(earlier.velocities)
+        if not stretch.moved or not count or self.predictor == "reuse":
+            return _State(error, drift + length**2 * unsure, passed)
+        moves = velocity - earlier.velocities
+        moves *= length
+        prior = np.zeros(count)
+        prior[0] = self._prior(stretch, earlier.last)
+        taps = prior
+        if self.predictor == "fitted":
+            taps = self._taps(error + prior[0] * moves[0], moves, prior, velocity, length)
+        error += (taps @ moves.reshape(count, -1)).reshape(error.shape)
+        between = state.error - earlier.errors
+        apart = np.einsum("hpn,hpn->hp", between, between)
+        apart += state.drift + earlier.drift
+        apart *= self.rate**2
+        apart += earlier.unsure
+        drift += length**2 * ((1 + taps.sum()) ** 2 * unsure + taps**2 @ apart)
+        return _State(error, drift, passed, tuple(taps.tolist()) if taps.any() else ())
+
+    def _prior(self, stretch: Stretch, before: int) -> float:
+        """The published predictor's tap: the mean of its predictions over the stretch."""
+        sigmas, start, stop = self.sigmas, stretch.start, stretch.stop
+        key = start, stop
+        if key not in self._rises:
+            rise = np.diff(sigmas[start : stop + 1]) @ (sigmas[start:stop] - sigmas[start])
+            self._rises[key] = float(rise / (sigmas[stop] - sigmas[start]))
+        return self._rises[key] / float(sigmas[start] - sigmas[before])
+
+    def _taps(
+        self,
+        rest: FloatArray,
+        moves: FloatArray,
+        prior: FloatArray,
+        velocity: FloatArray,
+        length: float,
+    ) -> FloatArray:
+        if self.quick:
+            return quick_fit(rest, moves, prior)
+        loud = length**2 * np.einsum("pn,pn->p", velocity, velocity)
+        return np.round(LeastSquares.of(rest, moves, prior, loud).fit(), DECIMALS)
+
+
+def moves_as_euler(stats: CalibrationStats) -> bool:
+    """Whether the sampler's moves are (sigma_{t+1} - sigma_t) v_t, whatever its latents round to."""
+    name = stats.setting.get("scheduler")
+    if isinstance(name, str):
+        return "Euler" in name
+    moved = np.diff(stats.latents.astype(np.float64), axis=1)
+    off = moved - np.diff(stats.sigmas)[:, None] * stats.velocities
+    return bool((np.abs(off).max(axis=(0, 2)) <= 1e-3 * np.abs(moved).max(axis=(0, 2))).all())
+
+
+def mean_log10(error: FloatArray) -> float:
+    """Mean log10 of squared errors: up to constants, the mean PSNR.
+
+    Each error counts as at least 1e-12 of the largest, or one prompt without any would decide
+    alone. Minus infinity if none has any.
+
+    Example:
+        >>> round(mean_log10(np.array([1e-2, 1e-4])), 6)
+        -3.0
+    """
+    largest = float(error.max())
+    if largest <= 0:
+        return -np.inf
+    return float(np.log10(np.maximum(error, 1e-12 * largest)).mean())
+
+
+def predicted_psnr(stats: CalibrationStats, error: FloatArray) -> FloatArray:
+    """(P,) PSNR in dB of images in [0, 1] against the uncached ones; infinite without error."""
+    with np.errstate(divide="ignore"):
+        result: FloatArray = -10 * np.log10(stats.image_gain * error)
+    return result
+
+
+def short(vectors: FloatArray) -> FloatArray:
+    """(P, V, N') coordinates of vectors (P, V, N) with the same inner products, N' <= V."""
+    gram = vectors @ vectors.swapaxes(1, 2)
+    square, axes = np.linalg.eigh(gram)
+    kept = int((square > 1e-13 * square[:, -1:]).sum(axis=1).max(initial=1))
+    result: FloatArray = (axes * np.sqrt(np.maximum(square, 0.0))[:, None])[..., -kept:]
+    return result
+
+
+def fold(sketches: FloatArray, size: int) -> FloatArray:
+    """Count-sketches (..., N) as count-sketches of `size` numbers: buckets are added up.
+
+    Inner products stay right in the mean, with more scatter.
+    """
+    count = sketches.shape[-1]
+    if count <= size:
+        return sketches
+    if spare := -count % size:
+        sketches = np.pad(sketches, [(0, 0)] * (sketches.ndim - 1) + [(0, spare)])
+    parts = sketches.reshape(*sketches.shape[:-1], -1, size)
+    result: FloatArray = parts.sum(axis=-2, dtype=np.float64)
+    return result

@@ -1,0 +1,355 @@
+"""`verify`: every figure of a plan again, from the plan as it will be read and the statistics.
+
+This file shares no code with the solvers, the prediction or the plan's own resolving of rows, and is
+written for plainness instead of speed: every vector is formed, every rule is one check. It reads
+`cells`, `taps`, `budget` and `asked`, and recomputes
+
+- the rules: what may be cached, anchors and gaps, forced steps, segments, what was measured;
+- the milliseconds, and whether they are within the budget; speedup and share;
+- the peak of bytes held between steps, for one image;
+- the sum of prices, where the certificate is of that;
+- the error of every prompt, by the recursion of the error model (`prediction/error.py` states it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layercache.errors import LayerCacheError
+from layercache.plan import Plan, UnitPlan
+from layercache.prediction.resample import resample
+from layercache.stats import CalibrationStats, FloatArray
+
+_AGREEMENT = 1e-6
+_COST_RTOL = 1e-9
+_PREDICTED = "123456789abcdefghijklmnopqrstuvwxyz"
+
+
+class VerificationError(LayerCacheError):
+    """A plan does not hold what it says: a bug in LayerCache, or the statistics are not its own."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Verification:
+    """What was recomputed of a plan.
+
+    Attributes:
+        cost_ms: Milliseconds of the transformer.
+        speedup: Of the whole generation.
+        compute_share: Of full compute.
+        cache_bytes: Peak of bytes held between steps.
+        error: (P,) mean squared error per element of the final latent, foretold.
+        objective: The sum of prices; None if the certificate is not of that.
+    """
+
+    cost_ms: float
+    speedup: float
+    compute_share: float
+    cache_bytes: int
+    error: FloatArray
+    objective: float | None
+
+
+def verify(stats: CalibrationStats, plan: Plan) -> Verification:
+    """Recompute a plan's figures, check its rules, and compare.
+
+    Args:
+        stats: The statistics that the plan was compiled from.
+        plan: A finished plan.
+
+    Raises:
+        VerificationError: A rule is broken or a figure is wrong; the message lists all of them.
+        StatsError: The statistics cannot be interpolated to the plan's sigmas.
+    """
+    if plan.asked.sigmas is not None:
+        stats = resample(stats, np.array(plan.asked.sigmas))
+    if tuple(plan.sigmas) != tuple(float(sigma) for sigma in stats.sigmas):
+        raise VerificationError(
+            f"the plan has {len(plan.sigmas)} sigmas from {plan.sigmas[0]}, and the statistics "
+            f"{len(stats.sigmas)} from {stats.sigmas[0]}: they are not of one schedule"
+        )
+    rows = [_Row(stats, unit) for unit in plan.units]
+    wrong = _broken(stats, plan, rows)
+    if wrong:
+        raise _refused(wrong)
+    cost, full = _cost(stats, rows), _cost(stats, [])
+    outside = stats.num_steps * stats.overhead_ms
+    found = Verification(
+        cost_ms=cost,
+        speedup=(full + outside) / (cost + outside),
+        compute_share=cost / full,
+        cache_bytes=_peak_bytes(stats, rows),
+        error=np.array([_final_error(stats, rows, p) for p in range(stats.num_prompts)]),
+        objective=_objective(stats, plan, rows) if plan.certificate.objective == "prices" else None,
+    )
+    wrong = _disagreements(stats, plan, found)
+    if wrong:
+        raise _refused(wrong)
+    return found
+
+
+def _refused(wrong: Sequence[str]) -> VerificationError:
+    return VerificationError(
+        f"the plan does not hold what it says: {'; '.join(wrong)}. This is a bug if the statistics "
+        "are those that it was compiled from: please report it with the statistics file"
+    )
+
+
+class _Row:
+    """One unit's cells: for each step whether it is computed, its anchor, and what it reads."""
+
+    def __init__(self, stats: CalibrationStats, unit: UnitPlan) -> None:
+        names = [group.name for group in stats.groups]
+        self.unit, self.name = unit, unit.name
+        self.group = None if unit.kind == "step" else names.index(unit.name)
+        self.computed = [symbol == "#" for symbol in unit.cells]
+        self.cached = [symbol == "0" or symbol in _PREDICTED for symbol in unit.cells]
+        self.anchor: list[int | None] = []
+        self.reads: list[dict[int, float]] = []
+        sigma = [float(s) for s in stats.sigmas]
+        for step, symbol in enumerate(unit.cells):
+            before = [s for s in range(step) if self.computed[s]][::-1]
+            self.anchor.append(before[0] if self.cached[step] else None)
+            taps = () if unit.taps is None else unit.taps[step]
+            # A group's anchor is not among what its taps count, a computed step not itself.
+            counted = before if self.group is None else before[1:]
+            reads = {counted[h]: b for h, b in enumerate(taps) if b != 0}
+            if self.group is not None and symbol in _PREDICTED and not taps:
+                anchor = before[0]
+                base = anchor - 1 - _PREDICTED.index(symbol)
+                reads = {base: (sigma[step] - sigma[anchor]) / (sigma[anchor] - sigma[base])}
+            self.reads.append(reads)
+
+
+def _step_row(rows: Sequence[_Row]) -> _Row | None:
+    return next((row for row in rows if row.group is None), None)
+
+
+def _runs(stats: CalibrationStats, rows: Sequence[_Row]) -> list[bool]:
+    step = _step_row(rows)
+    return [True] * stats.num_steps if step is None else step.computed
+
+
+def _broken(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> list[str]:
+    broken = []
+    asked, runs = plan.asked, _runs(stats, rows)
+    for row in rows:
+        for step in range(stats.num_steps):
+            at = f"{row.name} at step {step}"
+            reads = [*row.reads[step]]
+            if row.cached[step]:
+                anchor = row.anchor[step]
+                assert anchor is not None
+                reads.append(anchor)
+                if step in asked.forced:
+                    broken.append(f"{at} is cached, though forced")
+                if asked.max_gap is not None and step - anchor > asked.max_gap:
+                    broken.append(f"{at} is {step - anchor} from its anchor; {asked.max_gap} may be")
+                if ("step" if row.group is None else "groups") not in asked.units:
+                    broken.append(f"{at} is cached; units are {asked.units}")
+            if row.group is not None and not row.cached[step] and row.computed[step] != runs[step]:
+                broken.append(f"{at} is not computed, idle and cached at once")
+            for source in reads:
+                if not row.computed[source] or source >= step:
+                    broken.append(f"{at} reads step {source}, which is not computed before it")
+                if stats.segments[source] != stats.segments[step]:
+                    broken.append(f"{at} reads step {source}, of another segment")
+                if row.group is not None and step - source > stats.max_lag:
+                    broken.append(f"{at} reads {step - source} back; {stats.max_lag} were measured")
+    cost = _cost(stats, rows)
+    limit = plan.budget.limit_ms(stats)
+    if cost > limit + _COST_RTOL * abs(limit):
+        broken.append(f"it costs {cost:.6f} ms, more than the budget of {limit:.6f} ms")
+    held = _peak_bytes(stats, rows)
+    if asked.max_cache_bytes is not None and held > asked.max_cache_bytes:
+        broken.append(f"it holds {held} bytes, more than max_cache_bytes={asked.max_cache_bytes}")
+    return broken
+
+
+def _cost(stats: CalibrationStats, rows: Sequence[_Row]) -> float:
+    """Milliseconds of the transformer: the rest of every step that runs, and computed groups."""
+    by_group = {row.group: row.computed for row in rows if row.group is not None}
+    runs, cost = _runs(stats, rows), 0.0
+    for step in range(stats.num_steps):
+        if runs[step]:
+            cost += stats.rest_ms * float(stats.loads[step, -1])
+            for group, milliseconds in enumerate(stats.group_ms):
+                # Blocks of groups without a row are computed wherever the transformer runs.
+                if by_group.get(group, runs)[step]:
+                    cost += float(milliseconds) * float(stats.loads[step, group])
+    return cost
+
+
+def _peak_bytes(stats: CalibrationStats, rows: Sequence[_Row]) -> int:
+    """Peak over steps of what is stored: each value from its step to its last reader."""
+    steps = stats.num_steps
+    held = [0] * steps
+    for row in rows:
+        size = stats.velocity_bytes if row.group is None else stats.group_bytes[row.group]
+        for source in range(steps):
+            readers = [t for t in range(steps) if source in row.reads[t]]
+            if row.group is not None:
+                readers += [t for t in range(steps) if row.anchor[t] == source]
+            for now in range(source, max(readers, default=source - 1) + 1):
+                held[now] += size
+        if row.group is None:
+            for now in range(steps):
+                if row.cached[now] or (now + 1 < steps and row.cached[now + 1]):
+                    held[now] += stats.velocity_bytes + stats.output_bytes
+    return max(held)
+
+
+def _growth(stats: CalibrationStats) -> list[float]:
+    """Geometric mean amplification of each step, never below that of a later one; then the last."""
+    found: list[float] = []
+    for step in reversed(range(stats.num_steps)):
+        logs = [math.log(float(row[step])) for row in stats.amplification]
+        found.append(max(math.exp(sum(logs) / len(logs)), found[-1] if found else 0.0))
+    return [*found[::-1], found[0]]
+
+
+def _delta(stats: CalibrationStats, row: _Row, step: int, prompt: int) -> FloatArray:
+    """(S,) what a cached cell of a group moves the velocity by: sum of c D, the c adding up to 1."""
+    anchor, reads = row.anchor[step], row.reads[step]
+    assert anchor is not None
+    shares = {anchor: 1 + sum(reads.values())} | {source: -b for source, b in reads.items()}
+    measured = stats.deltas[prompt, step, row.group]
+    total: FloatArray = np.zeros(measured.shape[1])
+    for source, share in shares.items():
+        total = total + share * measured[step - source - 1].astype(np.float64)
+    return total
+
+
+def _is_euler(stats: CalibrationStats) -> bool:
+    name = stats.setting.get("scheduler")
+    if isinstance(name, str):
+        return "Euler" in name
+    for step in range(stats.num_steps):
+        length = float(stats.sigmas[step + 1] - stats.sigmas[step])
+        moved = stats.latents[:, step + 1].astype(np.float64) - stats.latents[:, step]
+        if np.abs(moved - length * stats.velocities[:, step]).max() > 1e-3 * np.abs(moved).max():
+            return False
+    return True
+
+
+def _final_error(stats: CalibrationStats, rows: Sequence[_Row], prompt: int) -> float:
+    """Squared error per element of the final latent: ||S||^2 + D."""
+    sigma, growth = [float(s) for s in stats.sigmas], _growth(stats)
+    velocity = stats.velocities[prompt].astype(np.float64)
+    latent = stats.latents[prompt].astype(np.float64)
+    euler, steps = _is_euler(stats), stats.num_steps
+    rate = max(1.0, math.log(growth[0] / growth[-1]) / (sigma[0] - sigma[-1]))
+    step_row = _step_row(rows)
+    runs = [step for step, run in enumerate(_runs(stats, rows)) if run]
+    error: FloatArray = np.zeros(velocity.shape[1])
+    drift, moved = 0.0, False
+    used: dict[int, FloatArray] = {}
+    unsure: dict[int, float] = {}
+    arrived: dict[int, tuple[FloatArray, float]] = {}
+    for start, stop in zip(runs, [*runs[1:], steps], strict=True):
+        cached = [row for row in rows if row.group is not None and row.cached[start]]
+        deltas = [_delta(stats, row, start, prompt) for row in cached]
+        sizes = [float(np.sqrt(delta @ delta)) for delta in deltas]
+        if stats.mode == "replay":
+            used[start] = velocity[start] + sum(deltas)
+            unsure[start] = sum(sizes) ** 2 - sum(size**2 for size in sizes)
+        else:
+            used[start], unsure[start] = velocity[start], sum(sizes) ** 2
+        arrived[start] = error, drift
+        length, grown = sigma[stop] - sigma[start], growth[start] / growth[stop]
+        moved = moved or stop > start + 1 or (euler and bool(cached))
+        reads = {} if step_row is None else step_row.reads[start]
+        mean = (1 + sum(reads.values())) * used[start]
+        for source, tap in reads.items():
+            mean = mean - tap * used[source]
+        if euler:
+            path = sum((sigma[t + 1] - sigma[t]) * velocity[t] for t in range(start, stop))
+        else:
+            path = latent[stop] - latent[start]
+        before = error
+        error = error + length * mean - (path if moved else length * velocity[start])
+        variance = (length * (1 + sum(reads.values()))) ** 2 * unsure[start]
+        for source, tap in reads.items():
+            other, off = arrived[source]
+            apart = float((before - other) @ (before - other)) + drift + off
+            variance += (length * tap) ** 2 * (rate**2 * apart + unsure[source])
+        drift = grown**2 * drift + (grown**2 - 1) * float(before @ before) + variance
+    return float((error @ error + drift) * growth[-1] ** 2 / stats.numel)
+
+
+def _objective(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> float:
+    """The sum of the prices of all cached cells: each reuses or predicts, whichever is cheaper."""
+    total = 0.0
+    for row in rows:
+        for step in range(stats.num_steps):
+            if row.cached[step]:
+                total += _price(stats, plan, row, step)
+    return total
+
+
+def _price(stats: CalibrationStats, plan: Plan, row: _Row, step: int) -> float:
+    before = [source for source in range(step) if row.computed[source]]
+    anchor = before[-1]
+    sigma, prompts = stats.sigmas.astype(np.float64), range(stats.num_prompts)
+
+    def delta(prompt: int, source: int) -> FloatArray:
+        if row.group is None:
+            velocity = stats.velocities[prompt].astype(np.float64)
+            moved: FloatArray = velocity[source] - velocity[step]
+            return moved
+        measured: FloatArray = stats.deltas[prompt, step, row.group, step - source - 1]
+        return measured.astype(np.float64)
+
+    reuse = [delta(p, anchor) for p in prompts]
+    found = [sum(float(x @ x) for x in reuse)]
+    longest = 2 * 12 if row.group is None else stats.max_lag
+    usable = len(before) > 1 and step - before[-2] <= longest and plan.asked.predictor != "reuse"
+    if usable and (row.group is not None or anchor - before[-2] <= 12):
+        base = before[-2]
+        rise = (sigma[step] - sigma[anchor]) / (sigma[anchor] - sigma[base])
+        moves = [rise * (x - delta(p, base)) for p, x in zip(prompts, reuse, strict=True)]
+        norm = sum(float(y @ y) for y in moves)
+        gain = 1.0
+        if plan.asked.predictor == "fitted" and norm > 0:
+            inner = sum(float(x @ y) for x, y in zip(reuse, moves, strict=True))
+            # Least squares with 2 % of the norm as a pull towards 1, within -1 and 4.
+            gain = min(max((0.02 - inner / norm) / 1.02, -1.0), 4.0)
+        predicted = [x + gain * y for x, y in zip(reuse, moves, strict=True)]
+        found.append(sum(float(x @ x) for x in predicted))
+    move = (sigma[step + 1] - sigma[step]) * _growth(stats)[step]
+    return float(move**2 * min(found) / stats.num_prompts / stats.numel)
+
+
+def _disagreements(stats: CalibrationStats, plan: Plan, found: Verification) -> list[str]:
+    predicted, certificate = plan.predicted, plan.certificate
+    checks: list[tuple[str, float | None, float, float]] = [
+        ("speedup", predicted.speedup, found.speedup, 0.0),
+        ("compute_share", predicted.compute_share, found.compute_share, 0.0),
+        ("cache_bytes", predicted.cache_bytes, found.cache_bytes, 0.0),
+    ]
+    if predicted.psnr_db is not None:
+        with np.errstate(divide="ignore"):
+            psnr = -10 * np.log10(stats.image_gain * found.error)
+        # Where next to nothing is left of vectors that cancel, decibels are rounding.
+        slack = 0.0 if psnr.max() < 150 else math.inf
+        checks += [
+            ("psnr_db", predicted.psnr_db, float(psnr.mean()), slack),
+            ("psnr_median_db", predicted.psnr_median_db, float(np.median(psnr)), slack),
+            ("psnr_worst_db", predicted.psnr_worst_db, float(psnr.min()), slack),
+        ]
+    if found.objective is not None:
+        checks.append(("certificate.value", certificate.value, found.objective, 0.0))
+    wrong = [
+        f"it states {name} = {stated!r}, but the statistics give {recomputed!r}"
+        for name, stated, recomputed, slack in checks
+        if stated is not None
+        and not abs(stated - recomputed) <= _AGREEMENT * max(abs(stated), 1e-12) + slack
+    ]
+    bound = certificate.lower_bound
+    if bound is not None and bound > certificate.value * (1 + _AGREEMENT):
+        wrong.append(f"its lower bound {bound!r} is above its value {certificate.value!r}")
+    return wrong
