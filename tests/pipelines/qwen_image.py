@@ -102,7 +102,7 @@ ENTRIES = (
            _call(image=lambda: [pil(), pil(seed=8)]),
            patched={f"{_MODULE}_edit_plus.calculate_dimensions": _small_pair}),
     _entry("QwenImageLayeredPipeline", "image to layers",
-           given(true_cfg_scale=3.0, image=lambda: pil().convert("RGBA"), layers=2, prompt="a"),
+           given(true_cfg_scale=3.0, image=pil, layers=2, prompt="a"),
            _layered, patched={f"{_MODULE}_layered.calculate_dimensions": _small_pair}),
     _entry("QwenImageControlNetPipeline", "ControlNet", _call(control_image=picture),
            _build("QwenImageControlNetPipeline", controlnet=_controlnet)),

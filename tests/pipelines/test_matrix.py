@@ -1,4 +1,4 @@
-"""Every entry of the zoo: calibrated, compiled, applied. Oracle: plain runs, watched from outside.
+"""Every entry of the zoo: calibrated, compiled, applied, evaluated. Oracle: watched plain runs.
 
 Sketches of vectors that are no longer than the sketch are the vectors themselves, so what
 calibration recorded has to equal what a plain run made, bit for bit.
@@ -17,6 +17,8 @@ from torch import Tensor
 from layercache import Budget, compile_plan
 from layercache.calibration import calibrate
 from layercache.errors import LayerCacheError
+from layercache.evaluation.metrics import PSNR_CEILING_DB, fidelity
+from layercache.models.pipelines import decodes
 from layercache.plan import Plan, UnitPlan
 from layercache.runtime import apply_plan
 from layercache.stats import CalibrationStats
@@ -27,6 +29,7 @@ from tests.pipelines.registry import ENTRIES
 WORKING = [entry for entry in ENTRIES if not entry.refused]
 REFUSED = [entry for entry in ENTRIES if entry.refused]
 SPEEDUP = 1.3
+SLACK_DB = 8.0
 
 
 def measured(entry: Entry, pipe: Any, **options: Any) -> CalibrationStats:
@@ -99,7 +102,9 @@ def test_calibrate_compile_apply(entry: Entry) -> None:
             assert plan.predicted.speedup >= SPEEDUP
             assert plan.predicted.psnr_db is not None and np.isfinite(plan.predicted.psnr_db)
             output = assert_run_follows(entry, pipe, plan)
-            assert output.isfinite().all() and not torch.equal(output, plain.output)
+            quality = fidelity(output, plain.output, decoded=decodes(pipe))
+            # A plan may turn out better than it promises, not much worse.
+            assert plan.predicted.psnr_db - SLACK_DB < quality.psnr_mean < PSNR_CEILING_DB
         assert torch.equal(run(entry, pipe), plain.output)
 
 

@@ -131,7 +131,7 @@ def ltx_vae(channels: int = 4) -> Any:
 
 
 def ltx2_vae(channels: int = 4) -> Any:
-    """`AutoencoderKLLTX2Video`, 2 pixels and 2 frames a latent one."""
+    """`AutoencoderKLLTX2Video`, 4 pixels and 2 frames a latent one."""
     return _made(
         lambda: diffusers.AutoencoderKLLTX2Video(
             latent_channels=channels, block_out_channels=(8,), decoder_block_out_channels=(8,),
@@ -139,7 +139,7 @@ def ltx2_vae(channels: int = 4) -> Any:
             decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
             decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False),
             downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,),
-            patch_size=1, decoder_causal=False,
+            patch_size=2, decoder_causal=False,
         )
     )  # fmt: skip
 

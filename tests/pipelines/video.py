@@ -49,15 +49,15 @@ def _prompt(seed: int) -> Arguments:
 # -- LTX -------------------------------------------------------------------------------------------
 
 
-def _ltx(pipeline: str, dynamic: bool = True) -> Callable[[], Any]:
+def _ltx(pipeline: str, **scheduler: Any) -> Callable[[], Any]:
     return lambda: assemble(
-        pipeline, scheduler=euler(use_dynamic_shifting=dynamic), vae=ltx_vae(),
+        pipeline, scheduler=euler(**scheduler or {"use_dynamic_shifting": True}), vae=ltx_vae(),
         transformer=transformer("LTXVideoTransformer3DModel"),
     )  # fmt: skip
 
 
 _LTX_CALL = {**_SIZE, "num_frames": 9, "guidance_scale": 3.0}
-_CONDITION = _ltx("LTXConditionPipeline", dynamic=False)
+_CONDITION = _ltx("LTXConditionPipeline", shift=1.0)
 _LTX = (
     Entry("LTXPipeline", "text-to-video", _ltx("LTXPipeline"), _prompt, given(**_LTX_CALL)),
     Entry("LTXPipeline", "guidance rescaled", _ltx("LTXPipeline"), _prompt,
