@@ -11,7 +11,6 @@ latents, so that it forgives what the transformer gets slightly wrong. Batch i i
 from __future__ import annotations
 
 import csv
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from bench.training.pictures import load_pictures
 from bench.training.scenes import JITTER, Painter, Scene, held_out_scene, training_scene
-from bench.training.state import save_atomically
+from bench.training.state import save_atomically, write_names
 
 ARCHITECTURE: dict[str, Any] = {
     "in_channels": 3,
@@ -156,9 +155,11 @@ def train_autoencoder(
 
 
 def load_autoencoder(out: Path, **changes: Any) -> AutoencoderKL:
-    """The trained autoencoder of a run."""
+    """The trained autoencoder of a run, with the decoder that was trained further if there is."""
     model = build_autoencoder(**changes)
     model.load_state_dict(torch.load(out / "autoencoder.pt", weights_only=True)["model"])
+    if (out / "decoder.pt").exists():
+        model.decoder.load_state_dict(torch.load(out / "decoder.pt", weights_only=True)["model"])
     return model.eval()
 
 
@@ -170,7 +171,7 @@ def encode_dataset(
     mean, deviation = float(latents.mean()), float(latents.std())
     state = {"latents": ((latents - mean) / deviation).half(), "mean": mean, "std": deviation}
     save_atomically(out / "latents.pt", state | {"seed": seed})
-    (out / "names.json").write_text(json.dumps(painter.names) + "\n")
+    write_names(out, painter.names, painter.names)
 
 
 @click.command()

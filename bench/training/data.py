@@ -40,7 +40,7 @@ def pack(latents: Tensor) -> Tensor:
 
 
 class Batches:
-    """Batch `index` is a function of (scenes, seed, index) alone."""
+    """Batch `index` of process `rank` is a function of (scenes, seed, rank, index) alone."""
 
     def __init__(
         self,
@@ -52,13 +52,14 @@ class Batches:
         openness: float = 0.25,
         dropout: float = CAPTION_DROPOUT,
         long_every: int = LONG_EVERY,
+        rank: int = 0,
     ) -> None:
         self.latents, self.scenes, self.tokenizers = latents, scenes, tokenizers
         self.seed, self.size, self.openness, self.dropout = seed, size, openness, dropout
-        self.long_every = long_every
+        self.long_every, self.rank = long_every, rank
 
     def __getitem__(self, index: int) -> Batch:
-        rng = np.random.default_rng([BATCH_STREAM, self.seed, index])
+        rng = np.random.default_rng([BATCH_STREAM, self.seed, self.rank, index])
         padded_long = self.long_every > 0 and index % self.long_every == self.long_every - 1
         size = max(1, int(self.size * LONG_SHARE)) if padded_long else self.size
         chosen = rng.integers(len(self.scenes), size=size)

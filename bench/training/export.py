@@ -5,7 +5,6 @@ python -m bench.training.export --run DIR --out bench/models/pictures
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from bench.training.autoencoder import load_autoencoder
 from bench.training.model import Painting
 from bench.training.scenes import vocabulary
+from bench.training.state import read_names, write_names
 
 SHIFT = 2.0
 SHARD = "12MB"
@@ -37,7 +37,7 @@ def assemble(model: Painting, autoencoder: AutoencoderKL, mean: float, std: floa
 
 def load_run(run: Path, **changes: Any) -> FluxPipeline:
     """A run's averaged weights as a pipeline in single precision."""
-    names = json.loads((run / "names.json").read_text())
+    names, _ = read_names(run)
     latents = torch.load(run / "latents.pt", weights_only=True, mmap=True)
     model = Painting(vocabulary(names), **changes.get("transformer", {}))
     state = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -52,6 +52,7 @@ def export(run: Path, out: Path, **changes: Any) -> None:
     """Write the pipeline of a run to `out` in half precision, in shards below 16 MB."""
     pipe = load_run(run, **changes).to(dtype=torch.float16)
     pipe.save_pretrained(out, max_shard_size=SHARD, safe_serialization=True)
+    write_names(out, *read_names(run))
 
 
 @click.command()

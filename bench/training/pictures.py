@@ -37,6 +37,17 @@ EMOJI: dict[str, str] = {
 """Name in captions -> character. The names are Unicode's, shortened."""
 
 
+_FIRST = (
+    "red apple,banana,orange,grapes,watermelon,strawberry,cherries,pineapple,carrot,broccoli,"
+    "mushroom,hamburger,pizza,ice cream,doughnut,cat,fox,panda,pig,frog,penguin,owl,fish,whale,"
+    "crab,turtle,butterfly,ladybug,elephant,car,bus,tractor,rocket,sailboat,moon,star,rainbow,"
+    "snowman,fire,smiling face,robot,skull,cactus,tree,sunflower,rose,blue heart,balloon,gift,"
+    "football,guitar,crown,house"
+)
+FIRST: tuple[str, ...] = tuple(_FIRST.split(","))
+"""Pictures that differ most: training begins with them, and widens once they are crisp."""
+
+
 def squared(picture: Image.Image) -> Image.Image:
     """Crop an RGBA picture to what is visible and centre that on a transparent square."""
     picture = picture.convert("RGBA")

@@ -8,7 +8,6 @@ The captions name everything (picture, size, place, background) and are written 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from PIL import Image
 
 from bench.training.autoencoder import held_out_scenes
 from bench.training.export import load_run
-from bench.training.scenes import RESOLUTION, describe
+from bench.training.scenes import RESOLUTION, describe, training_scene
+from bench.training.state import read_names
 from bench.training.text import CAPTION_TOKENS
 
 STEPS = 28
@@ -57,6 +57,12 @@ def held_out_captions(names: list[str], count: int, seed: int) -> list[str]:
     return [describe(scene, rng, openness=0.0) for scene in held_out_scenes(names, seed, count)]
 
 
+def training_captions(names: list[str], count: int, seed: int) -> list[str]:
+    """Captions like those that were trained on, facts left open: for calibration."""
+    rng = np.random.default_rng(seed)
+    return [describe(training_scene(rng, names), rng) for _ in range(count)]
+
+
 @torch.no_grad()
 def sample(pipe: FluxPipeline, captions: list[str], seed: int = 0, **changes: Any) -> Image.Image:
     """Images of the captions in a row of eight, magnified three times."""
@@ -79,7 +85,6 @@ def sheet(images: list[Image.Image], columns: int = 8, magnified: int = 3) -> Im
 
 @click.command()
 @click.option("--model", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--names", type=click.Path(path_type=Path), help="names.json, if not in MODEL.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write.")
 @click.option("--count", default=32, show_default=True)
 @click.option("--seed", default=1, show_default=True, help="Of the captions and of the noise.")
@@ -89,7 +94,6 @@ def sheet(images: list[Image.Image], columns: int = 8, magnified: int = 3) -> Im
 @click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
-    names: Path | None,
     out: Path,
     count: int,
     seed: int,
@@ -100,9 +104,8 @@ def main(
 ) -> None:
     """Draw COUNT samples of held-out captions."""
     torch.set_num_threads(threads)
-    captions = held_out_captions(
-        json.loads((names or model / "names.json").read_text()), count, seed
-    )
+    _, names = read_names(model)
+    captions = held_out_captions(names, count, seed)
     drawn = sample(
         load_model(model),
         captions,

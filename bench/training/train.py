@@ -7,21 +7,25 @@ logit-normal, shifted towards noise. The hidden matrices are optimised by Muon, 
 the learning rate is flat, then falls linearly to zero; the weights that are exported are an
 exponential moving average. A run that is killed resumes from DIR/checkpoint.pt and equals one that
 was not. `--steps` may be changed at a resume as long as the rate has not begun to fall.
+
+Several processes share a batch, as `torchrun` starts them; that bears a busy machine better than
+several threads do, as they wait for one another once a step only.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bench.training.autoencoder import (
     dataset_scenes,
@@ -31,9 +35,9 @@ from bench.training.autoencoder import (
 )
 from bench.training.data import Batch, Batches
 from bench.training.model import Painting, is_hidden_matrix
-from bench.training.pictures import load_pictures
-from bench.training.scenes import Painter, vocabulary
-from bench.training.state import save_atomically
+from bench.training.pictures import FIRST, load_pictures
+from bench.training.scenes import Painter, Scene, vocabulary
+from bench.training.state import save_atomically, write_names
 
 EMA_DECAY = 0.998
 WARMUP_STEPS = 100
@@ -45,6 +49,25 @@ VALIDATION_SCENES = 256
 def learning_rate_factor(step: int, steps: int) -> float:
     """Warm-up, then flat, then linear to zero over the last `DECAY_SHARE` of the run."""
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their mean over the processes, where there are several."""
+    if not distributed.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def shown_only(scenes: list[Scene], latents: Tensor, names: set[str]) -> tuple[list[Scene], Tensor]:
+    """The scenes that show nothing but the named pictures, and their latents."""
+    kept = [i for i, s in enumerate(scenes) if all(part.name in names for part in s.parts)]
+    return [scenes[i] for i in kept], latents[torch.tensor(kept)]
 
 
 class Trainer:
@@ -71,6 +94,7 @@ class Trainer:
         with torch.compiler.set_stance(stance):
             loss = self.model.loss(batch)
             torch.autograd.backward(loss)
+        average_gradients(self.named.values())
         nn.utils.clip_grad_norm_(self.named.values(), 1.0)
         factor = learning_rate_factor(self.step, steps)
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
@@ -139,14 +163,17 @@ def run(
     steps: int,
     every: int,
     until: int | None = None,
+    rank: int = 0,
 ) -> None:
     """Train for `steps`, logging and saving every `every` steps and at the end.
 
-    `until` stops earlier, as a kill would.
+    `until` stops earlier, as a kill would. Process 0 logs and saves.
     """
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, weights_only=True))
+        if distributed.is_initialized():
+            distributed.barrier()  # before process 0 may write it again
         click.echo(f"resumed at step {trainer.step}", err=True)
     window: list[float] = []
     started = time.monotonic() - trainer.seconds
@@ -156,7 +183,7 @@ def run(
         if not batch.padded_long:
             window.append(loss)
         trainer.seconds = time.monotonic() - started
-        if trainer.step % every == 0 or trainer.step == steps:
+        if rank == 0 and (trainer.step % every == 0 or trainer.step == steps):
             with trainer.averaged() as model:
                 held_out = validation_loss(model, validation)
             mean = sum(window) / max(1, len(window))
@@ -184,12 +211,13 @@ def weights_of_export(folder: Path) -> dict[str, Tensor]:
 @click.option("--pictures", required=True, help="NotoColorEmoji.ttf or a folder of PNG files.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--steps", default=5000, show_default=True, help="Training steps in all.")
-@click.option("--batch", default=64, show_default=True)
+@click.option("--batch", default=64, show_default=True, help="Of all processes together.")
 @click.option("--lr", default=4e-3, show_default=True, help="Of Muon; AdamW takes a third.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--save-every", default=100, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
+@click.option("--first/--all", "first", default=False, help="Only the pictures that differ most.")
 @click.option(
     "--from-weights", type=click.Path(path_type=Path), help="Exported folder to start from."
 )
@@ -203,32 +231,42 @@ def main(
     save_every: int,
     threads: int,
     compiled: bool,
+    first: bool,
     from_weights: Path | None,
 ) -> None:
     """Train on OUT/latents.pt (see bench.training.autoencoder), resuming where it can."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world > 1:
+        distributed.init_process_group("gloo")
     painter = Painter(load_pictures(pictures))
+    names = [name for name in painter.names if name in FIRST or not first]
     cached = torch.load(out / "latents.pt", weights_only=True)
     scenes = dataset_scenes(painter.names, cached["seed"], len(cached["latents"]))
+    scenes, latents = shown_only(scenes, cached["latents"], set(names))
     model = Painting(vocabulary(painter.names))
     trainer = Trainer(model, lr)
     if from_weights is not None:
         trainer.start_from(weights_of_export(from_weights))
-    shown = held_out_scenes(painter.names, seed, VALIDATION_SCENES)
-    latents = encode_scenes(load_autoencoder(out), painter, shown)
-    latents = (latents - cached["mean"]) / cached["std"]
     if compiled:
         model.transformer.compile_repeated_blocks()
-    summary = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
-    (out / "training.json").write_text(json.dumps(summary | {"batch": batch, "lr": lr}) + "\n")
+    held_out = held_out_scenes(names, seed, VALIDATION_SCENES if rank == 0 else 1)
+    unseen = encode_scenes(load_autoencoder(out), painter, held_out)
+    unseen = (unseen - cached["mean"]) / cached["std"]
+    if rank == 0:
+        counts = {n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}
+        settings = {"batch": batch, "lr": lr, "processes": world, "scenes": len(scenes)}
+        (out / "training.json").write_text(json.dumps(counts | settings) + "\n")
+        write_names(out, painter.names, names)
     run(
         trainer,
-        Batches(cached["latents"], scenes, model.tokenizers, seed, batch),
-        Batches(latents, shown, model.tokenizers, seed + 1_000_000, batch, long_every=0),
+        Batches(latents, scenes, model.tokenizers, seed, batch // world, rank=rank),
+        Batches(unseen, held_out, model.tokenizers, seed + 1_000_000, 64, long_every=0),
         out,
         steps,
         save_every,
+        rank=rank,
     )
 
 

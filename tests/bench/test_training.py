@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from diffusers import FluxPipeline
 from PIL import Image, ImageDraw
 
-from bench.training import autoencoder, export, sample, scenes, train
+from bench.training import autoencoder, decoder, export, sample, scenes, train
 from bench.training.data import Batches
 from bench.training.model import Painting
 from bench.training.pictures import EMOJI, load_pictures
@@ -137,6 +137,19 @@ def test_autoencoder_resumes_where_it_was_killed(painter: scenes.Painter, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
+def test_decoder_training_leaves_the_encoder_alone(
+    painter: scenes.Painter, run_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    before = autoencoder.load_autoencoder(run, **SMALL_AUTOENCODER).state_dict()
+    model = autoencoder.load_autoencoder(run, **SMALL_AUTOENCODER)
+    decoder.train_decoder(painter, model, run, steps=2, batch=2, lr=1e-3, seed=0)
+    after = autoencoder.load_autoencoder(run, **SMALL_AUTOENCODER).state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
+
+
 def test_transformer_resumes_where_it_was_killed(
     painter: scenes.Painter, run_folder: Path, tmp_path: Path
 ) -> None:
@@ -172,7 +185,6 @@ def test_a_run_exports_reloads_and_samples(
     image = pipe("a disc", height=64, width=64, num_inference_steps=2, guidance_scale=3.5).images[0]
     assert image.size == (64, 64)
 
-    shutil.copy(run / "names.json", folder)
     out = tmp_path / "sheet.png"
     options = ["--model", folder, "--out", out, "--count", 2, "--steps", 2]
     outcome = CliRunner().invoke(sample.main, [str(o) for o in options])
