@@ -114,6 +114,7 @@ def train_autoencoder(
     batch: int,
     lr: float,
     seed: int,
+    every: int = 50,
     until: int | None = None,
 ) -> None:
     """Train for `steps`, resuming from OUT/autoencoder.pt; the rate falls to zero.
@@ -127,7 +128,7 @@ def train_autoencoder(
         first, seconds = state["step"], state["seconds"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     started = time.monotonic() - seconds
     for step in range(first, steps if until is None else until):
         pixels = pixel_batch(painter, seed, step, batch)
@@ -143,7 +144,7 @@ def train_autoencoder(
             group["lr"] = lr * min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps))
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+        if (step + 1) % every == 0 or step + 1 == steps:
             seconds = time.monotonic() - started
             quality = psnr(model, pixel_batch(painter, seed + 1_000_000, 0, 64))
             with open(out / "autoencoder_log.csv", "a", newline="") as file:

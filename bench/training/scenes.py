@@ -185,7 +185,7 @@ def background_pixels(background: str) -> Pixels:
     """A background by its words: (64, 64, 3) in [0, 1]. Patterns repeat every 16 pixels."""
     words = background.removesuffix(" background").split()[-2:]
     words = [word for word in words if word not in ("a", "an")]
-    color = np.array(COLORS[words[0]], dtype=np.float32) / 255
+    color = np.array(COLORS[words[0]], dtype=np.float32) / np.float32(255)
     canvas = np.broadcast_to(color, (RESOLUTION, RESOLUTION, 3)).copy()
     if len(words) == 1:
         return canvas
@@ -210,7 +210,7 @@ class Painter:
         for name, picture in pictures.items():
             for size, side in SIZES.items():
                 small = picture.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
-                self._pictures[name, size] = np.asarray(small, dtype=np.float32) / 255
+                self._pictures[name, size] = np.asarray(small, dtype=np.float32) / np.float32(255)
 
     def render(self, scene: Scene) -> Pixels:
         """Draw a scene: (3, 64, 64) float32 in [-1, 1]."""

@@ -44,6 +44,7 @@ WARMUP_STEPS = 100
 DECAY_SHARE = 0.3
 ADAMW_SHARE = 1 / 3
 VALIDATION_SCENES = 256
+VALIDATION_BATCH = 64
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -60,7 +61,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()
     sizes = [gradient.numel() for gradient in gradients]
-    for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
+    for gradient, mean in zip(gradients, torch.split(flat, sizes), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
@@ -264,7 +265,9 @@ def main(
     run(
         trainer,
         Batches(latents, scenes, model.tokenizers, seed, batch // world, rank=rank),
-        Batches(unseen, held_out, model.tokenizers, seed + 1_000_000, 64, long_every=0),
+        Batches(
+            unseen, held_out, model.tokenizers, seed + 1_000_000, VALIDATION_BATCH, long_every=0
+        ),
         out,
         steps,
         save_every,

@@ -13,9 +13,8 @@ from click.testing import CliRunner
 from diffusers import FluxPipeline
 from PIL import Image, ImageDraw
 
-from bench.training import autoencoder, decoder, export, sample, scenes, train
+from bench.training import autoencoder, curve, decoder, export, model, sample, scenes, train
 from bench.training.data import Batches
-from bench.training.model import Painting
 from bench.training.pictures import EMOJI, load_pictures
 from bench.training.text import clip_tokenizer, t5_tokenizer, token_ids
 
@@ -49,8 +48,8 @@ def painter() -> scenes.Painter:
 def run_folder(painter: scenes.Painter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose autoencoder and latents are made; no transformer yet."""
     out = tmp_path_factory.mktemp("run")
-    model = autoencoder.build_autoencoder(**SMALL_AUTOENCODER)
-    autoencoder.train_autoencoder(painter, model, out, steps=2, batch=2, lr=1e-3, seed=0)
+    untrained = autoencoder.build_autoencoder(**SMALL_AUTOENCODER)
+    autoencoder.train_autoencoder(painter, untrained, out, steps=2, batch=2, lr=1e-3, seed=0)
     loaded = autoencoder.load_autoencoder(out, **SMALL_AUTOENCODER)
     autoencoder.encode_dataset(painter, loaded, out, count=12, seed=0)
     return out
@@ -58,8 +57,8 @@ def run_folder(painter: scenes.Painter, tmp_path_factory: pytest.TempPathFactory
 
 def new_trainer(painter: scenes.Painter) -> train.Trainer:
     torch.manual_seed(0)
-    model = Painting(scenes.vocabulary(painter.names), **SMALL_TRANSFORMER)
-    return train.Trainer(model, lr=1e-3)
+    painting = model.Painting(scenes.vocabulary(painter.names), **SMALL_TRANSFORMER)
+    return train.Trainer(painting, lr=1e-3)
 
 
 def batches_of(painter: scenes.Painter, run: Path, trainer: train.Trainer) -> Batches:
@@ -124,14 +123,14 @@ def test_every_word_is_one_token_of_both_vocabularies() -> None:
 
 def test_autoencoder_resumes_where_it_was_killed(painter: scenes.Painter, tmp_path: Path) -> None:
     weights = []
-    for name, stops in (("whole", [100]), ("killed", [50, 100])):
+    for name, stops in (("whole", [4]), ("killed", [2, 4])):
         out = tmp_path / name
         out.mkdir()
         for until in stops:
             torch.manual_seed(0)
-            model = autoencoder.build_autoencoder(**SMALL_AUTOENCODER)
+            untrained = autoencoder.build_autoencoder(**SMALL_AUTOENCODER)
             autoencoder.train_autoencoder(
-                painter, model, out, steps=100, batch=1, lr=1e-3, seed=0, until=until
+                painter, untrained, out, steps=4, batch=1, lr=1e-3, seed=0, every=2, until=until
             )
         weights.append(torch.load(out / "autoencoder.pt", weights_only=True)["model"])
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
@@ -143,8 +142,8 @@ def test_decoder_training_leaves_the_encoder_alone(
     run = tmp_path / "run"
     shutil.copytree(run_folder, run)
     before = autoencoder.load_autoencoder(run, **SMALL_AUTOENCODER).state_dict()
-    model = autoencoder.load_autoencoder(run, **SMALL_AUTOENCODER)
-    decoder.train_decoder(painter, model, run, steps=2, batch=2, lr=1e-3, seed=0)
+    loaded = autoencoder.load_autoencoder(run, **SMALL_AUTOENCODER)
+    decoder.train_decoder(painter, loaded, run, steps=2, batch=2, lr=1e-3, seed=0)
     after = autoencoder.load_autoencoder(run, **SMALL_AUTOENCODER).state_dict()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder"}
@@ -164,6 +163,46 @@ def test_transformer_resumes_where_it_was_killed(
         averages.append(trainer.average)
         assert len((out / "training_log.csv").read_text().splitlines()) == 2
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in averages), strict=True))
+
+
+def test_only_scenes_of_the_first_pictures_are_kept() -> None:
+    parts = [scenes.Part(n, "large", "in the middle", (0, 0)) for n in ("cat", "key")]
+    drawn = [scenes.Scene((parts[0],), "red dots"), scenes.Scene(tuple(parts), "red dots")]
+    kept, latents = train.shown_only(drawn, torch.arange(2), {"cat"})
+    assert kept == drawn[:1]
+    assert latents.tolist() == [0]
+
+
+def test_commands_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, run = tmp_path / "pictures", tmp_path / "run"
+    pictures.mkdir()
+    for name, picture in drawn_pictures().items():
+        picture.save(pictures / f"{name.replace(' ', '_')}.png")
+    monkeypatch.setattr(model, "ARCHITECTURE", model.ARCHITECTURE | SMALL_TRANSFORMER)
+    monkeypatch.setattr(train, "VALIDATION_SCENES", 2)
+    monkeypatch.setattr(train, "VALIDATION_BATCH", 2)
+    monkeypatch.setattr(autoencoder, "ARCHITECTURE", autoencoder.ARCHITECTURE | SMALL_AUTOENCODER)
+    common = ["--pictures", pictures, "--out", run, "--threads", 1]
+    for command, options in (
+        (autoencoder.main, ["train", *common, "--steps", 1, "--batch", 1]),
+        (autoencoder.main, ["encode", *common, "--count", 4]),
+        (decoder.main, [*common, "--steps", 1, "--batch", 1]),
+        (train.main, [*common, "--steps", 1, "--batch", 2, "--no-compile"]),
+    ):
+        outcome = CliRunner().invoke(command, [str(option) for option in options])
+        assert outcome.exit_code == 0, outcome.output
+    assert [row[0] for row in curve.read_log(run / "training_log.csv")] == [1]
+    assert (run / "checkpoint.pt").exists()
+
+
+def test_the_loss_curve_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log, out = tmp_path / "log.csv", tmp_path / "loss.png"
+    log.write_text("1,2,0.5,0.6\n2,4,0.4,0.5\n2,3,0.3,0.4\n")
+    outcome = CliRunner().invoke(curve.main, ["--log", str(log), "--out", str(out)])
+    assert outcome.exit_code == 0, outcome.output
+    assert curve.read_log(log) == [(1, 2, 0.5, 0.6), (2, 3, 0.3, 0.4)]
+    assert Image.open(out).width > 100
 
 
 def test_a_run_exports_reloads_and_samples(
