@@ -175,10 +175,22 @@ def encode_dataset(
     write_names(out, painter.names, painter.names)
 
 
+def adopt_autoencoder(weights: Path, painter: Painter, out: Path, count: int, seed: int) -> None:
+    """Take the autoencoder of an exported pipeline, and encode the data set as it was encoded."""
+    model = AutoencoderKL.from_pretrained(weights / "vae", torch_dtype=torch.float32)
+    mean, deviation = model.config.shift_factor, 1 / model.config.scaling_factor
+    save_atomically(out / "autoencoder.pt", {"model": model.state_dict()})
+    latents = encode_scenes(model.eval(), painter, dataset_scenes(painter.names, seed, count))
+    state = {"latents": ((latents - mean) / deviation).half(), "mean": mean, "std": deviation}
+    save_atomically(out / "latents.pt", state | {"seed": seed})
+    write_names(out, painter.names, painter.names)
+
+
 @click.command()
-@click.argument("action", type=click.Choice(["train", "encode"]))
+@click.argument("action", type=click.Choice(["train", "encode", "from-weights"]))
 @click.option("--pictures", required=True, help="NotoColorEmoji.ttf or a folder of PNG files.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Exported folder to go on from.")
 @click.option("--steps", default=1500, show_default=True, help="Training steps.")
 @click.option("--batch", default=16, show_default=True)
 @click.option("--lr", default=1.5e-3, show_default=True)
@@ -189,6 +201,7 @@ def main(
     action: str,
     pictures: str,
     out: Path,
+    weights: Path | None,
     steps: int,
     batch: int,
     lr: float,
@@ -196,13 +209,17 @@ def main(
     seed: int,
     threads: int,
 ) -> None:
-    """Train the autoencoder or, with it, encode the data set of the transformer."""
+    """Train the autoencoder; with it, or with that of WEIGHTS, encode the transformer's data."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     painter = Painter(load_pictures(pictures))
     if action == "train":
         train_autoencoder(painter, build_autoencoder(), out, steps, batch, lr, seed)
+    elif action == "from-weights":
+        if weights is None:
+            raise click.UsageError("from-weights takes the autoencoder of a model: add --weights")
+        adopt_autoencoder(weights, painter, out, count, seed)
     else:
         encode_dataset(painter, load_autoencoder(out), out, count, seed)
 

@@ -219,6 +219,12 @@ def test_a_run_exports_reloads_and_samples(
     pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     again = train.weights_of_export(folder)
+    adopted = tmp_path / "adopted"
+    adopted.mkdir()
+    autoencoder.adopt_autoencoder(folder, painter, adopted, count=2, seed=0)
+    first = torch.load(adopted / "latents.pt", weights_only=True)["latents"].float()
+    second = torch.load(run / "latents.pt", weights_only=True)["latents"][:2].float()
+    assert torch.allclose(first, second, atol=0.02)
     half = {name: weight.half().float() for name, weight in trainer.average.items()}
     assert all(torch.equal(again[name].float(), half[name]) for name in half)
     image = pipe("a disc", height=64, width=64, num_inference_steps=2, guidance_scale=3.5).images[0]
