@@ -157,7 +157,9 @@ def _broken(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> list[s
                 if step in asked.forced:
                     broken.append(f"{at} is cached, though forced")
                 if asked.max_gap is not None and step - anchor > asked.max_gap:
-                    broken.append(f"{at} is {step - anchor} from its anchor; {asked.max_gap} may be")
+                    broken.append(
+                        f"{at} is {step - anchor} from its anchor; {asked.max_gap} may be"
+                    )
                 if ("step" if row.group is None else "groups") not in asked.units:
                     broken.append(f"{at} is cached; units are {asked.units}")
             if row.group is not None and not row.cached[step] and row.computed[step] != runs[step]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layercache.models._foreign import first_index, running_index
 from layercache.models.patching import wrap_method
 
 _EULER = 1e-4
@@ -57,13 +58,11 @@ class _Unmoved(tuple[Tensor]):
 def step_index(scheduler: Any) -> int:
     """Index into `scheduler.sigmas` of the step under way or, between steps, of the next one.
 
-    diffusers leaves `_step_index` unset until the first `step` of a run; until then the run starts
+    diffusers leaves the index unset until the first `step` of a run; until then the run starts
     at `begin_index` (set by image-to-image pipelines) or at 0.
     """
-    index = getattr(scheduler, "_step_index", None)
-    if index is None:
-        index = getattr(scheduler, "_begin_index", None) or 0
-    return int(index)
+    index = running_index(scheduler)
+    return first_index(scheduler) if index is None else index
 
 
 def starts_anywhere(scheduler: Any) -> bool:

@@ -309,7 +309,7 @@ class ErrorModel:
         return trail
 
     def _velocity(self, start: int, cells: Cells) -> tuple[FloatArray, FloatArray]:
-        """u (P, N) of a computed step, and I (P,)."""
+        """U (P, N) of a computed step, and I (P,)."""
         key = start, cells
         if key not in self._velocities:
             velocity, prompts = self.velocities[start], self.velocities.shape[1]

@@ -23,6 +23,7 @@ from layercache.prediction.error import ErrorModel
 from layercache.prediction.moves import Table, distinct
 from layercache.solver.problem import BoolArray
 
+
 @dataclass(frozen=True)
 class Effort:
     """How much is tried.

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from layercache.runtime.executor import StepExecutor
     from layercache.runtime.report import RunReport, UnitReport
     from layercache.runtime.run import PlanRun
+    from layercache.runtime.scheduler import LayerCacheScheduler
 
 __all__ = [
+    "LayerCacheScheduler",
     "PlanRun",
     "RunReport",
     "StepExecutor",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LayerCacheScheduler": "scheduler",
     "PlanRun": "run",
     "RunReport": "report",
     "StepExecutor": "executor",

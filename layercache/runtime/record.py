@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
-from layercache.plan import Plan
+from layercache.plan import Plan, UnitPlan
 from layercache.runtime.groups import Branch, GroupRunner
 from layercache.runtime.report import RunReport, UnitReport
 from layercache.runtime.steps import StepRunner
@@ -63,65 +63,19 @@ class Record:
         timed: bool = True,
     ) -> RunReport:
         """Next to what the plan said. Times wait for the device; `timed=False` leaves them out."""
-        sizes = {group.name: group.bytes_per_value for group in groups}
-        peaks = {group.name: group.peak_bytes for group in groups}
+        by_name = {group.name: group for group in groups}
         outputs = {} if step_runner is None else step_runner.bytes_per_output
         planned = plan.cache_bytes(
-            {name: sum(by_branch.values()) for name, by_branch in sizes.items()},
+            {group.name: sum(group.bytes_per_value.values()) for group in groups},
             self.velocity_bytes,
             sum(outputs.values()),
         )
-        units = []
-        for unit in plan.units:
-            seen = self._seen.get(unit.name, {})
-            branches = sorted(seen, key=lambda b: (b[0] or "", b[1]))
-            schedule = plan.schedules[unit.name]
-            steps = [s for s in range(plan.num_steps) if s not in self.steps_elsewhere]
-            whole = unit.kind == "step"
-            many = max(
-                schedule.stored_at(s) + (whole and schedule.pauses_at(s))
-                for s in range(plan.num_steps)
-            )
-            if unit.kind == "group":
-                size, peak = sizes[unit.name], peaks[unit.name]
-                bytes_planned = {label(b): many * size.get(b, 0) for b in branches}
-                bytes_seen = {label(b): peak.get(b, 0) for b in branches}
-            else:
-                # One output a branch at a time, and the guided outputs, which all branches share.
-                bytes_planned = {label(b): outputs.get(b, 0) for b in branches}
-                bytes_seen = dict(bytes_planned)
-                bytes_planned["guided"] = many * self.velocity_bytes
-                bytes_seen["guided"] = 0 if step_runner is None else step_runner.peak_guided_bytes
-            units.append(
-                UnitReport(
-                    name=unit.name,
-                    planned_computed=sum(schedule.computed[s] for s in steps),
-                    planned_predicted=sum(schedule.cached[s] for s in steps),
-                    seen_computed={label(b): sum(seen[b].values()) for b in branches},
-                    seen_predicted={
-                        label(b): len(seen[b]) - sum(seen[b].values()) for b in branches
-                    },
-                    otherwise={
-                        label(b): sum(
-                            done == schedule.cached[step] for step, done in seen[b].items()
-                        )
-                        for b in branches
-                    },
-                    bytes_planned=bytes_planned,
-                    bytes_seen=bytes_seen,
-                    seconds_computed={
-                        label(b): self._time(unit.name, b, True, timed) for b in branches
-                    },
-                    seconds_predicted={
-                        label(b): self._time(unit.name, b, False, timed) for b in branches
-                    },
-                )
-            )
+        units = tuple(self._unit(plan, unit, by_name, step_runner, timed) for unit in plan.units)
         return RunReport(
             steps_planned=plan.num_steps,
             steps_seen=len(self.steps_seen),
             steps_elsewhere=len(self.steps_elsewhere),
-            units=tuple(units),
+            units=units,
             cache_bytes_planned=planned,
             cache_bytes_predicted=plan.predicted.cache_bytes,
             cache_bytes_seen=self.peak_bytes,
@@ -131,6 +85,49 @@ class Record:
             calls_planned=plan.branches,
             calls_seen=max(self.calls.values(), default=0),
             other_calls=dict(others),
+        )
+
+    def _unit(
+        self,
+        plan: Plan,
+        unit: UnitPlan,
+        groups: Mapping[str, GroupRunner],
+        step_runner: StepRunner | None,
+        timed: bool,
+    ) -> UnitReport:
+        schedule, seen = plan.schedules[unit.name], self._seen.get(unit.name, {})
+        branches = sorted(seen, key=lambda b: (b[0] or "", b[1]))
+        steps = [s for s in range(plan.num_steps) if s not in self.steps_elsewhere]
+        whole = unit.kind == "step"
+        many = max(
+            schedule.stored_at(s) + (whole and schedule.pauses_at(s)) for s in range(plan.num_steps)
+        )
+        if whole and step_runner is not None:
+            # One output a branch at a time, and the guided outputs, which all branches share.
+            outputs = step_runner.bytes_per_output
+            bytes_planned = {label(b): outputs.get(b, 0) for b in branches}
+            bytes_seen = dict(bytes_planned)
+            bytes_planned["guided"] = many * self.velocity_bytes
+            bytes_seen["guided"] = step_runner.peak_guided_bytes
+        else:
+            group = groups[unit.name]
+            bytes_planned = {label(b): many * group.bytes_per_value.get(b, 0) for b in branches}
+            bytes_seen = {label(b): group.peak_bytes.get(b, 0) for b in branches}
+        computed = {b: sum(seen[b].values()) for b in branches}
+        return UnitReport(
+            name=unit.name,
+            planned_computed=sum(schedule.computed[s] for s in steps),
+            planned_predicted=sum(schedule.cached[s] for s in steps),
+            seen_computed={label(b): computed[b] for b in branches},
+            seen_predicted={label(b): len(seen[b]) - computed[b] for b in branches},
+            otherwise={
+                label(b): sum(done == schedule.cached[step] for step, done in seen[b].items())
+                for b in branches
+            },
+            bytes_planned=bytes_planned,
+            bytes_seen=bytes_seen,
+            seconds_computed={label(b): self._time(unit.name, b, True, timed) for b in branches},
+            seconds_predicted={label(b): self._time(unit.name, b, False, timed) for b in branches},
         )
 
     def _time(self, unit: str, branch: Branch, computed: bool, timed: bool) -> float:
