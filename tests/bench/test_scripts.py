@@ -10,18 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.test_cli import weights_of
+
 ROOT = Path(__file__).parents[2]
 
 TINY = {
-    "bench.__main__": "--quick --rounds 1 --methods uniform --json --out {out}",
+    "bench.__main__": "--quick --methods uniform --weights {weights} --out {out} --json",
     "bench.calibration": "--quick --json",
     "bench.calibration_plans": "--quick --json --picture {out}/prompts.png",
     "bench.quality": "--quick --folder {out} --json {out}/quality.json",
     "bench.reference.train": "--out {out} --steps 1 --batch 1 --no-compile",
-    "bench.runtime": "--quick --json",
+    "bench.runtime": "--quick --weights {weights} --json",
     "bench.solver": "--quick --json",
+    "bench.surrogate": "--quick --json",
 }
-"""The arguments of a tiny run. `{out}` is an empty folder."""
+"""The arguments of a tiny run. `{out}` is an empty folder, `{weights}` one of a tiny model."""
 
 ELSEWHERE: dict[str, str] = {}
 """Scripts that another file of this folder runs, and which one does."""
@@ -49,7 +52,11 @@ def test_every_script_runs_at_tiny_size(
         assert module in text
         return
     assert module in TINY, f"{module} has no test: say here how it runs at tiny size"
-    arguments = TINY[module].format(out=tmp_path).split()
+    if "{weights}" in TINY[module]:
+        weights_of(tmp_path / "weights", blocks=4)
+    places = {"out": tmp_path / "out", "weights": tmp_path / "weights"}
+    places["out"].mkdir()
+    arguments = TINY[module].format(**places).split()
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     threads = torch.get_num_threads()
     try:
