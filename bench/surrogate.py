@@ -297,7 +297,7 @@ def main() -> None:
     chosen = parser.parse_args()
     count, steps, size = chosen.plans, chosen.steps, chosen.prompts
     if chosen.quick:
-        count, steps, size = 9, 8, 1
+        count, steps, size = 9, 10, 1
     with tempfile.TemporaryDirectory() as folder:
         parts = chosen.parts or Path(folder)
         figures = measure(count, steps, size, parts, progress=not chosen.json)
