@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from layercache import costs
+from layercache._json import parse, require_plain
 from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Frozen, Schedule, UnitPlan
 from layercache.errors import ModelMismatchError, PlanError
 from layercache.options import Options
@@ -180,6 +181,7 @@ class Plan(Frozen):
 
     @model_validator(mode="after")
     def _valid(self) -> Plan:
+        require_plain(self.model_dump(), "plan")
         steps = len(self.sigmas) - 1
         if not 1 <= steps <= _MAX_STEPS:
             raise ValueError(f"sigmas has {len(self.sigmas)} values; 2 to {_MAX_STEPS + 1} can be")
@@ -204,7 +206,7 @@ class Plan(Frozen):
         except PlanError as error:
             raise ValueError(str(error)) from error
         told = {"generator": self.generator, "component": self.component, "setting": self.setting}
-        _check_text({**told, "model": self.model.model_dump(), "provenance": self.provenance})
+        require_plain({**told, "model": self.model.model_dump(), "provenance": self.provenance})
         return self
 
     def _check_places(self) -> None:
@@ -326,6 +328,10 @@ class Plan(Frozen):
         Raises:
             PlanError: The version is unknown, or a value is wrong; the message gives its path.
         """
+        try:
+            require_plain(data, "plan")
+        except ValueError as error:
+            raise PlanError(str(error)) from error
         found = data.get("schema_version") if isinstance(data, Mapping) else None
         if type(found) is not int or found != SCHEMA_VERSION:
             raise PlanError(
@@ -358,10 +364,10 @@ class Plan(Frozen):
         try:
             if source.stat().st_size > _MAX_FILE_BYTES:
                 raise PlanError(f"{path}: {source.stat().st_size} bytes are no plan; refused")
-            data = json.loads(source.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            data = parse(source.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PlanError(f"{path}: no such plan file") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(
@@ -432,20 +438,6 @@ def _version() -> str:
         return version("layercache-flow")
     except PackageNotFoundError:
         return "from source"
-
-
-def _check_text(data: Any) -> None:
-    """Refuse what no file can hold: lone surrogates, NaN, values that are not JSON."""
-    try:
-        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{error.object[error.start]!r} is half a character") from error
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"it cannot be written as JSON ({error})") from error
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _one_line_arrays(text: str) -> str:

@@ -11,12 +11,12 @@ import pytest
 
 from layercache import CalibrationStats, compile_plan
 from layercache.calibration import calibrate
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import batches
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import Method
 from layercache.evaluation.metrics import fidelity
 from layercache.evaluation.peers import FewerSteps
+from layercache.models.pipelines import run_pipeline
 from layercache.plan import Plan
 from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.refine import refine_plan
@@ -56,12 +56,12 @@ def plan(stats: CalibrationStats) -> Plan:
 
 def psnr(pipe: Any, plan: Plan | None, method: Method | None = None) -> float:
     batch = batches(prompts("validation", 4), 1, 4, arguments())[0]
-    reference = run_pipeline(pipe, batch)
+    reference = run_pipeline(pipe, batch.arguments)
     if method is not None:
         return fidelity(run_once(pipe, method, batch)[0], reference).psnr_mean
     assert plan is not None
     with apply_plan(pipe, plan) as run:
-        images = run_pipeline(pipe, batch)
+        images = run_pipeline(pipe, batch.arguments)
     assert not run.report().warnings
     return fidelity(images, reference).psnr_mean
 

@@ -79,9 +79,9 @@ def calibrate(
     """Measure, per prompt, what `compile_plan` needs; once for every later budget and solver.
 
     For each prompt the pipeline runs at full compute, bit for bit as it would without calibration.
-    At step t, group g is also replaced by the residual it had at step t - lag, for lag = 1..M, while
-    earlier groups return what they returned and later ones compute; the change of the guided output
-    is the velocity delta D[t, g, lag]. Velocities, latents and deltas are kept as sketches
+    At step t, group g is also replaced by the residual it had at step t - lag, for lag = 1..M,
+    while earlier groups return what they returned and later ones compute; the change of the guided
+    output is the velocity delta D[t, g, lag]. Velocities, latents and deltas are kept as sketches
     (`CountSketch`).
 
     In a process that `torchrun` or `accelerate launch` started, the prompts are split over the

@@ -49,6 +49,7 @@ class Measured:
     velocity_bytes: int
     output_bytes: int
     numel: int
+    latent_shape: tuple[int, ...]
     branches: int
 
 
@@ -98,6 +99,7 @@ def collect(
     *,
     lags_together: int,
     kept_bytes: float,
+    primed: bool,
     sketching: Sketching,
     probes: int,
     tick: Tick,
@@ -111,6 +113,7 @@ def collect(
         jobs: What is replayed at which step.
         lags_together: Most lags that are replayed as one batch.
         kept_bytes: Bytes of outputs to keep in memory; more go to the disk.
+        primed: See `Run.primed`.
         sketching: The sketches.
         probes: How many perturbed runs.
         tick: Called after every step of the recorded run.
@@ -119,15 +122,16 @@ def collect(
         What was measured, by component.
     """
     size = len(batch.ids)
-    run = Run(Kept(kept_bytes))
-    residuals = {
-        name: ResidualSketches(sketching.size, sketching.seed, size) for name in performers
-    }
+    run = Run(Kept(kept_bytes), primed=primed)
+    residuals: dict[str, ResidualSketches] = {}
 
     def on_step(step: int) -> None:
         component = run.calls[step].component
         if jobs.mode == "residual" and component in performers:
-            residuals[component].add(performers[component], step)
+            # As long as the sketches of the velocities.
+            longest = min(sketching.size, run.velocities[0][0].numel())
+            new = ResidualSketches(longest, sketching.seed, size)
+            residuals.setdefault(component, new).add(performers[component], step)
         tick()
 
     recorder = Recorder(
@@ -168,6 +172,7 @@ def collect(
             velocity_bytes=run.velocities[0].nbytes // size,
             output_bytes=max(s.output_bytes for s in run.calls if s.component == name) // size,
             numel=sketch.numel,
+            latent_shape=tuple(run.velocities[0].shape[1:]),
             branches=max(len(s.shapes) for s in run.calls if s.component == name),
         )
         for name in performers

@@ -1,4 +1,4 @@
-"""What a calibration run will take, from two short generations: seconds, and bytes above the model."""
+"""What a calibration run will take, from two short generations: time and memory."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ from typing import Any
 from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats import CalibrationStats, Group, difference
 
+LATENT_SHAPE = "latent_shape"
+"""Name in a setting of the shape of one image's latent, without the batch axis."""
+
 
 class Parts:
     """The folder.
@@ -73,7 +76,7 @@ class Parts:
         """
         for path in sorted(self.folder.glob("*.npz")):
             stats = CalibrationStats.load(path)
-            if difference(expected, {field: stats.identity[field] for field in expected}):
+            if _difference(expected, stats):
                 continue
             if len(stats.groups) != count:
                 raise ModelMismatchError(
@@ -91,9 +94,17 @@ def require_same(name: str, expected: Mapping[str, Any], stats: CalibrationStats
     Raises:
         ModelMismatchError: They do not; the message names the field and both values.
     """
-    found = difference(expected, {field: stats.identity[field] for field in expected})
+    found = _difference(expected, stats)
     if found:
         raise ModelMismatchError(
             f"{name} is of another run: {found} (this run, then the file); use another folder, or "
             "remove it"
         )
+
+
+def _difference(expected: Mapping[str, Any], stats: CalibrationStats) -> str:
+    theirs = {field: stats.identity[field] for field in expected}
+    if "setting" in expected:
+        # The shape of the latents is known only once a run has begun.
+        theirs["setting"] = {n: v for n, v in stats.setting.items() if n != LATENT_SHAPE}
+    return difference(expected, theirs)

@@ -23,7 +23,7 @@ def image_gain(
     """(B,) mean squared pixel change per mean squared change of the final latent.
 
     The final latent is changed by seeded noise of `PERTURBATION` of its size, where it is the
-    model's to move. Without an autoencoder the "image" is the latent, scaled so that its range is 1.
+    model's to move. Without an autoencoder the "image" is the latent, scaled to a range of 1.
 
     Args:
         stage: The pipeline.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,18 +36,44 @@ class Batch:
         return len(self.ids), max(tokens, *(len(text) for text in texts))
 
 
-def prompt_id(prompt: Prompt, seed: int) -> str:
+def prompt_id(prompt: Prompt, seed: int, repetition: int = 0) -> str:
     """Digest of a prompt and the run's seed; it also seeds the prompt's starting noise.
 
     Position and company do not enter, so that however prompts are split over batches, shards and
     machines, each is measured on the same noise.
+
+    Args:
+        prompt: Text, or a mapping of pipeline arguments.
+        seed: Of the run.
+        repetition: How many equal prompts stand before this one; each has noise of its own.
 
     Raises:
         StatsError: A value in the prompt is none that another process would recognise.
     """
     digest = hashlib.sha256(str(int(seed)).encode())
     _feed(digest, prompt)
+    if repetition:
+        # What was fed ends with a semicolon, so no other prompt feeds the same bytes.
+        digest.update(f"#{int(repetition)}".encode())
     return digest.hexdigest()
+
+
+def identities_of(prompts: Sequence[Prompt], seed: int) -> tuple[str, ...]:
+    """The identity of each prompt of a run; prompts that stand several times are numbered.
+
+    Example:
+        >>> one, other = identities_of(["", ""], seed=0)
+        >>> one == prompt_id("", 0), other == prompt_id("", 0, repetition=1)
+        (True, True)
+    """
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        first = prompt_id(prompt, seed)
+        count = seen[first]
+        found.append(prompt_id(prompt, seed, count) if count else first)
+        seen[first] += 1
+    return tuple(found)
 
 
 def noise_seed(identity: str) -> int:
@@ -79,11 +106,12 @@ def batches(
 ) -> list[Batch]:
     """Split prompts into pipeline calls: strings `size` at a time, mappings one by one.
 
-    `call_kwargs` go to every call; a `negative_prompt` string among them is repeated for a batch.
+    `call_kwargs` go to every call; a `negative_prompt` string among them is repeated for a batch. A
+    prompt may stand several times, each time with noise of its own.
 
     Raises:
-        StatsError: There are no prompts, one is neither a string nor a mapping or stands twice, or
-            one asks for another number of steps.
+        StatsError: There are no prompts, one is neither a string nor a mapping, or one asks for
+            another number of steps.
     """
     listed = hasattr(prompts, "__getitem__") and not isinstance(prompts, str | bytes | Mapping)
     if not listed or not len(prompts):
@@ -93,10 +121,7 @@ def batches(
             raise StatsError(
                 f"prompt {index} is {prompt!r}; give a string or a mapping of pipeline arguments"
             )
-    identities = [prompt_id(prompt, seed) for prompt in prompts]
-    if len(set(identities)) != len(identities):
-        twice = next(p for i, p in enumerate(prompts) if identities[i] in identities[:i])
-        raise StatsError(f"prompt {twice!r} stands twice; each prompt counts once")
+    identities = identities_of(prompts, seed)
     result = []
     start = 0
     while start < len(prompts):
@@ -107,7 +132,7 @@ def batches(
             and isinstance(prompts[stop], str)
         ):
             stop += 1
-        result.append(_batch(prompts[start:stop], tuple(identities[start:stop]), call_kwargs))
+        result.append(_batch(prompts[start:stop], identities[start:stop], call_kwargs))
         start = stop
     return result
 
@@ -139,8 +164,8 @@ def _feed(digest: Any, value: Any) -> None:
     """Feed a nested value of strings, numbers and tensors, each marked by its kind."""
     if isinstance(value, Mapping):
         digest.update(b"{")
-        for name in sorted(value):
-            digest.update(str(name).encode() + b"=")
+        for name in sorted(value, key=str):
+            digest.update(str(name).encode(errors="backslashreplace") + b"=")
             _feed(digest, value[name])
     elif isinstance(value, list | tuple):
         digest.update(b"[")

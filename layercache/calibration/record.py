@@ -8,6 +8,7 @@ later, when it runs again with its calls answered from what was kept (`reenact`)
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from layercache.calibration.replay import RecordedCall, ReplayableTransformer, S
 from layercache.calibration.scheduler import check_scheduler, run_sigmas
 from layercache.calibration.stage import At, Move, Stage
 from layercache.errors import StatsError
+from layercache.models._foreign import running_index
 from layercache.models.gates import Call
 from layercache.models.stepping import sigmas_of, step_index
 from layercache.models.tensors import tensor_bytes, tensors_in
@@ -54,6 +56,8 @@ class Run:
         calls: (T,) the calls of each step.
         velocities: (T,) the guided outputs, on the CPU.
         latents: (T+1,) what the scheduler received at each step, and the last that it made.
+        primed: Whether the first step has to be computed again before later ones can be: the model
+            keeps keys and values of it.
         live: Which elements of the latent the scheduler moves and the pipeline hands on; the others
             are the pipeline's own (an inpainted background, a first frame).
     """
@@ -64,6 +68,7 @@ class Run:
     velocities: list[Tensor] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     live: Tensor | None = None
+    primed: bool = False
 
     @property
     def steps(self) -> int:
@@ -113,7 +118,7 @@ class Run:
     def segments(self, component: str) -> NDArray[np.float64]:
         """(T,) numbers of the stretches over which a component is called alike."""
         shapes = [step.shapes if step.component == component else [] for step in self.calls]
-        changes = [0, *(a != b for a, b in zip(shapes, shapes[1:], strict=False))]
+        changes = [0, *(a != b for a, b in itertools.pairwise(shapes))]
         found: NDArray[np.float64] = np.cumsum(changes).astype(np.float64)
         return found
 
@@ -163,7 +168,7 @@ class Recorder:
         self.batched: bool | None = None
         self._began: Any = None
         self._returned: Any = None
-        self._moved: tuple[Tensor, Tensor] | None = None
+        self._made: Tensor | None = None
         # Of calls of one kind, where what they gave is kept.
         self._known: dict[tuple[Any, ...], list[Key]] = {}
 
@@ -260,7 +265,8 @@ class Recorder:
                 f"{type(self.stage.pipe.scheduler).__name__} drew noise at step {step}, so no two "
                 "runs can be compared: use a deterministic scheduler"
             )
-        self._moved = (sample, result)
+        # Copies, since pipelines write into the tensors that they hand over.
+        self._made = result.detach().to("cpu", copy=True)
         self._end_step(step, result, performer)
         return result
 
@@ -287,15 +293,13 @@ class Recorder:
         if not run.latents:
             run.live = torch.zeros(sample.shape, dtype=torch.bool)
             return
-        assert self._moved is not None
-        before, made = self._moved
-        same = (sample == made.to(sample.dtype)) & (made != before)
-        assert run.live is not None
-        run.live |= same.cpu()
+        assert run.live is not None and self._made is not None
+        before, made = run.latents[-1], self._made
+        run.live |= (sample.cpu() == made.to(sample.dtype)) & (made.to(before.dtype) != before)
 
     def _end_step(self, step: int, result: Tensor, performer: ReplayableTransformer | None) -> None:
         run, scheduler = self.run, self.stage.pipe.scheduler
-        if step == 0 and getattr(scheduler, "_step_index", None) is not None:
+        if step == 0 and running_index(scheduler) is not None:
             # Some image-to-image loops leave it to the scheduler to find where it starts.
             run.sigmas = sigmas_of(scheduler)[step_index(scheduler) - 1 :]
         last = len(run.sigmas) - 2

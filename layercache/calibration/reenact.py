@@ -22,6 +22,8 @@ from layercache.models.tensors import tensors_in
 
 Replay = tuple[int, int]
 """(group, lag)"""
+_TOLERANCE = 1e-2
+"""Kernels may sum in another order from one call to the next."""
 OnVelocity = Callable[[int, Tensor], None]
 
 
@@ -58,7 +60,8 @@ class Reenactment:
 
     def called(self, at: At, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of a known step."""
-        if at.step >= self.known:
+        primes = at.step == 0 and self.run.primed and self.known < self.run.steps
+        if at.step >= self.known or primes:
             return inner(*args, **kwargs)
         kept = self.run.kept
         key = (at.step, at.number, self.replay)
@@ -144,6 +147,38 @@ def check_forgets(stage: Stage, batch: Batch, run: Run, others: Others) -> None:
             )
 
 
+def check_stateless(stage: Stage, batch: Batch, run: Run, others: Others) -> bool:
+    """Compute the second step again, after a first one that was only answered.
+
+    Returns:
+        Whether the first step has to be computed for that (`Run.primed`).
+
+    Raises:
+        StatsError: The model gives something else even then: it keeps state between its calls.
+    """
+    if run.steps < 2:
+        return False
+    reason: str | None = None
+    for primed in (False, True):
+        found: list[Tensor] = []
+        run.primed = primed
+        director = _Second(run, found)
+        try:
+            stage.play(batch, director, others)
+        except (RuntimeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+            # Caches of other libraries say in their own ways that they are empty.
+            reason = str(error).split("\n")[0]
+            continue
+        change = (found[0].cpu() - run.velocities[1]).float().norm()
+        if change <= _TOLERANCE * run.velocities[1].float().norm():
+            return primed
+        reason = "its output was another"
+    raise StatsError(
+        "the model keeps state between its calls: computed again on its own, the second step of a "
+        f"run failed ({reason}), so single steps cannot be judged"
+    )
+
+
 def _first_difference(
     stage: Stage, batch: Batch, run: Run, others: Others, stale: Collection[int] = ()
 ) -> str | None:
@@ -158,6 +193,21 @@ def _first_difference(
 
     stage.play(batch, _Checked(run, found, on_velocity=compare, stale=stale), others)
     return found[0] if found else None
+
+
+class _Second(Reenactment):
+    """Ends when the second step was computed."""
+
+    def __init__(self, run: Run, found: list[Tensor]) -> None:
+        super().__init__(run, known=1)
+        self._found = found
+
+    def stepped(self, step: int, velocity: Tensor, sample: Tensor, move: Move) -> Tensor:
+        """As for every re-enactment, but for the end."""
+        if step == 1:
+            self._found.append(velocity)
+            raise Over
+        return super().stepped(step, velocity, sample, move)
 
 
 class _Checked(Reenactment):

@@ -13,6 +13,7 @@ them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from layercache.calibration.timing import Clock, Mark, StepTimes
+from layercache.models._foreign import execution_device
 from layercache.models.adapters import (
     Adapter,
     BlockList,
@@ -242,10 +244,8 @@ class ReplayableTransformer:
             self._replay = None
         if count == 1:
             return [output]
-        return [
-            map_tensors(lambda tensor, at=at: tensor[at * size : (at + 1) * size], output)
-            for at in range(count)
-        ]
+        rows = [slice(at * size, (at + 1) * size) for at in range(count)]
+        return [map_tensors(operator.itemgetter(row), output) for row in rows]
 
     def available(self, call: RecordedCall, group: int, lags: Sequence[int]) -> list[int]:
         """Those of `lags` at which this call's residual of the group is held."""
@@ -300,7 +300,7 @@ class ReplayableTransformer:
 def device_of(module: nn.Module) -> torch.device:
     """Where a model computes."""
     # accelerate's hooks keep the weights of an offloaded model elsewhere and know the device.
-    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    hooked = execution_device(module)
     if hooked is not None:
         return torch.device(hooked)
     parameter = next(module.parameters(), None)

@@ -8,6 +8,7 @@ solver of dz/dsigma = v, of whatever order, must arrive at z + (sigma_T - sigma_
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -40,13 +41,13 @@ def check_scheduler(scheduler: Any) -> None:
         raise StatsError(f"{name} has no noise levels (`sigmas`): {_ADVICE}")
     sigmas = sigmas_of(scheduler)
     if len(scheduler.timesteps) > len(sigmas) - 1 or any(
-        a == b for a, b in zip(sigmas[:-1], sigmas[1:-1], strict=False)
+        a == b for a, b in itertools.pairwise(sigmas[:-1])
     ):
         raise StatsError(
             f"{name} calls the model more than once a step (it repeats noise levels), which "
             f"calibration does not support yet: {_ADVICE}"
         )
-    if any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)) or abs(sigmas[-1]) > 1e-6:
+    if any(a <= b for a, b in itertools.pairwise(sigmas)) or abs(sigmas[-1]) > 1e-6:
         raise StatsError(
             f"the noise levels of {name} run {sigmas[0]:.4g}, {sigmas[1]:.4g}, ..., "
             f"{sigmas[-1]:.4g}; they must fall strictly and end at 0: {_ADVICE}"

@@ -13,6 +13,7 @@ from layercache.calibration.collect import Measured, Sketching, collect
 from layercache.calibration.estimate import CalibrationEstimate, estimate_run
 from layercache.calibration.jobs import Jobs
 from layercache.calibration.options import Options
+from layercache.calibration.parts import LATENT_SHAPE
 from layercache.calibration.prompts import Batch, arguments_digests
 from layercache.calibration.record import Tick
 from layercache.calibration.replay import ReplayableTransformer
@@ -62,7 +63,7 @@ class Session:
             others = arguments_digests(call_kwargs, setting)
             if others:
                 setting["other_arguments"] = others
-        self._planned: tuple[CalibrationEstimate, Jobs] | None = None
+        self._planned: tuple[CalibrationEstimate, Jobs, bool] | None = None
 
     def identity(self, component: str) -> dict[str, Any]:
         """What is known before the run of `CalibrationStats.identity`."""
@@ -83,16 +84,16 @@ class Session:
         """What measuring these batches will take; the decisions of `measure` follow from it."""
         largest = max(work, key=Batch.extent)
         longest = max(work, key=lambda batch: batch.extent()[::-1])
-        found, jobs = self._estimate_like(largest, work)
+        found, jobs, primed = self._estimate_like(largest, work)
         if longest is not largest:
             # A last batch of few prompts may need more than full ones with shorter texts.
             found = found.covering(self._estimate_like(longest, work)[0])
-        self._planned = found, jobs
+        self._planned = found, jobs, primed
         return found
 
     def _estimate_like(
         self, batch: Batch, work: Sequence[Batch]
-    ) -> tuple[CalibrationEstimate, Jobs]:
+    ) -> tuple[CalibrationEstimate, Jobs, bool]:
         options = self.options
         with torch.no_grad(), self._staged(offload=False) as (stage, performers):
             trial = try_out(stage, batch, performers)
@@ -109,14 +110,14 @@ class Session:
             probes=options.perturbed_runs,
             max_memory=options.max_memory,
         )
-        return found, jobs
+        return found, jobs, trial.primed
 
     def measure(self, batch: Batch, tick: Tick) -> dict[str, CalibrationStats]:
         """Statistics of one batch by component, within the memory that `estimate` planned."""
         if self._planned is None:
             self.estimate([batch])
         assert self._planned is not None
-        plan, jobs = self._planned
+        plan, jobs, primed = self._planned
         with torch.no_grad(), self._staged(plan.offload) as (stage, performers):
             measured = collect(
                 stage,
@@ -125,6 +126,7 @@ class Session:
                 jobs,
                 lags_together=plan.lags_together,
                 kept_bytes=plan.kept_bytes,
+                primed=primed,
                 sketching=Sketching(self.options.sketch_size, self.options.seed),
                 probes=self.options.perturbed_runs,
                 tick=tick,
@@ -149,6 +151,7 @@ class Session:
 
     def _stats(self, batch: Batch, component: str, measured: Measured) -> CalibrationStats:
         order = sorted(range(len(batch.ids)), key=batch.ids.__getitem__)
+        setting = {**self.settings[component], LATENT_SHAPE: list(measured.latent_shape)}
         return CalibrationStats(
             sigmas=np.array(measured.sigmas),
             loads=measured.loads,
@@ -168,7 +171,7 @@ class Session:
             sketch_seed=self.options.seed,
             prompt_ids=tuple(batch.ids[i] for i in order),
             model=self.models[component],
-            setting=self.settings[component],
+            setting=setting,
             component=component,
             mode=self.options.mode,
             probes=self.options.perturbed_runs,

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from layercache.calibration.prompts import Batch
+from layercache.calibration.prompts import Batch, noise_seed
 from layercache.errors import UnsupportedModelError
 from layercache.models.gates import Call, Gate, is_compiled
 from layercache.models.patching import wrap_method
@@ -137,7 +137,7 @@ class Stage:
         self._director = director
         try:
             with self._tapped():
-                return run_pipeline(self.pipe, batch.arguments)
+                return run_pipeline(self.pipe, batch.arguments, seed=noise_seed(batch.ids[0]))
         except Over:
             free_models(self.pipe)
             return None

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from layercache.calibration.kept import Kept
 from layercache.calibration.memory import PeakMemory
 from layercache.calibration.prompts import Batch
 from layercache.calibration.record import Performers, Recorder, Run
-from layercache.calibration.reenact import check_forgets, check_repeats
+from layercache.calibration.reenact import check_forgets, check_repeats, check_stateless
 from layercache.calibration.replay import RecordedCall, ReplayableTransformer
 from layercache.calibration.stage import At, Stage
 from layercache.errors import StatsError
@@ -44,6 +45,7 @@ class Trial:
         pair_bytes: Bytes that a doubled call needs.
         held_bytes: Bytes that are held of one recorded step.
         kept_bytes: Bytes of the outputs of a whole run.
+        primed: See `Run.primed`.
     """
 
     run: Run
@@ -57,6 +59,7 @@ class Trial:
     pair_bytes: int
     held_bytes: int
     kept_bytes: int
+    primed: bool
 
 
 class _Timed(Recorder):
@@ -121,6 +124,7 @@ def try_out(stage: Stage, batch: Batch, performers: Performers) -> Trial:
     try:
         others = check_repeats(stage, batch, run)
         check_forgets(stage, batch, run, others)
+        primed = check_stateless(stage, batch, run, others)
         kept_bytes = run.kept.held
     finally:
         run.kept.close()
@@ -142,6 +146,7 @@ def try_out(stage: Stage, batch: Batch, performers: Performers) -> Trial:
         pair_bytes=watched.pair_bytes,
         held_bytes=watched.held_bytes,
         kept_bytes=kept_bytes,
+        primed=primed,
     )
 
 
@@ -173,7 +178,8 @@ def _watched(stage: Stage, batch: Batch, performers: Performers) -> _Watched:
     director = _Watched(stage, performers, run, len(batch.ids), computed=1)
     director.memory = PeakMemory(next(iter(performers.values())).device)
     try:
-        with director.memory:
+        # Operations within compiled blocks would not be seen, and fullgraph=True would fail.
+        with torch.compiler.set_stance("force_eager"), director.memory:
             stage.play(batch, director, "note")
             director.lap()
     finally:

@@ -25,6 +25,8 @@ def write_artifacts(
 ) -> list[Path]:
     """Write `sheet.png`, `plan.png`, `pareto.png`, `report.html` and `results.json`.
 
+    There is no sheet of a comparison of latents.
+
     Args:
         out: Folder to write.
         comparison: The measured table and its images.
@@ -36,8 +38,8 @@ def write_artifacts(
     Returns:
         The files, in the order above.
     """
-    pictures = {
-        "sheet": image_sheet(comparison, prompts),
+    pictures = {"sheet": image_sheet(comparison, prompts)} if comparison.decoded else {}
+    pictures |= {
         "plan": plan_heat_map({f"{target:g}x": plan for target, plan in plans.items()}),
         "pareto": pareto(comparison),
     }

@@ -13,6 +13,7 @@ from layercache.calibration.prompts import Batch
 from layercache.evaluation.latency import time_interleaved
 from layercache.evaluation.methods import Method, Uncached
 from layercache.evaluation.metrics import fidelity
+from layercache.models.pipelines import decodes
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Row:
     `target_speedup` is in equal compute: the method may spend 1 / target of the full transformer
     compute. `speedup_measured` is the median time of the uncached run over the method's median
     time; `speedup_predicted` is None where nothing predicts it. PSNR in dB against the uncached
-    images.
+    images or videos; SSIM is None where nothing was decoded.
     """
 
     method: str
@@ -33,7 +34,7 @@ class Row:
     psnr_mean: float
     psnr_worst: float
     psnr_median: float
-    ssim_mean: float
+    ssim_mean: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,11 @@ class Comparison:
 
     Attributes:
         rows: By target, in the order in which the methods were given.
-        references: (N, C, H, W) uncached images in [0, 1].
+        references: (N, C, H, W) uncached images or (N, F, C, H, W) videos in [0, 1], or latents.
         images: The same of each (method, target).
         uncached_seconds: Median time of one uncached batch.
         batch_size: Images of the first batch.
+        decoded: False where the pipeline has no decoder, so that latents were compared.
     """
 
     rows: tuple[Row, ...]
@@ -53,6 +55,7 @@ class Comparison:
     images: Mapping[tuple[str, float], Tensor]
     uncached_seconds: float
     batch_size: int
+    decoded: bool = True
 
     @property
     def targets(self) -> tuple[float, ...]:
@@ -78,8 +81,10 @@ class Comparison:
                 lines.append(
                     f"{f'{target:g}x':>6}  {row.method:<21}{100 * row.compute_share:>6.1f} %"
                     f"{f'{row.speedup_measured:.2f}x':>9}{predicted:>11}"
-                    f"{row.psnr_mean:>8.1f} dB{row.psnr_worst:>7.1f}{row.ssim_mean:>9.4f}"
+                    f"{row.psnr_mean:>8.1f} dB{row.psnr_worst:>7.1f}{_ssim(row):>9}"
                 )
+        if not self.decoded:
+            lines += ["", "nothing is decoded: PSNR of latents, relative to their range"]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +93,7 @@ class Comparison:
             "rows": [asdict(row) for row in self.rows],
             "images": len(self.references),
             "batch_size": self.batch_size,
+            "decoded": self.decoded,
             "uncached_seconds": self.uncached_seconds,
         }
 
@@ -118,10 +124,10 @@ def compare(
         timings = time_interleaved(
             pipe, batches, entrants, repeats=repeats, warm_up=warm_up, tick=bar.update
         )
-    uncached = timings[0]
+    uncached, decoded = timings[0], decodes(pipe)
     rows, images = [], {}
     for (target, method), timing in zip(flat, timings[1:], strict=True):
-        quality = fidelity(timing.images, uncached.images)
+        quality = fidelity(timing.images, uncached.images, decoded=decoded)
         rows.append(
             Row(
                 method=method.name,
@@ -142,4 +148,9 @@ def compare(
         images=images,
         uncached_seconds=uncached.median_seconds,
         batch_size=len(batches[0].ids),
+        decoded=decoded,
     )
+
+
+def _ssim(row: Row) -> str:
+    return "-" if row.ssim_mean is None else f"{row.ssim_mean:.4f}"

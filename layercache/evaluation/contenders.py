@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layercache.calibration.prompts import Batch
 from layercache.compile import pareto
+from layercache.costs import full_ms, speedup_of
 from layercache.errors import BudgetError
 from layercache.evaluation.latency import run_once
 from layercache.evaluation.methods import LayerCache, Method, Uncached
@@ -22,7 +23,7 @@ from layercache.options import Options
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats
 
-PUBLISHED = Options(solver="greedy", units=("groups",), gains="unit")
+PUBLISHED = Options(solver="greedy", units=("groups",), predictor="published")
 """LayerCache as published (arXiv 2604.16492): groups only, greedy, the plain JVP predictor."""
 
 
@@ -104,9 +105,7 @@ class Contenders:
     def _speedup(self, fresh: int) -> float:
         """Predicted speedup of a whole-step method with this many fresh steps."""
         stats = self.stats
-        transformer = float(stats.group_ms.sum()) + stats.rest_ms
-        full = stats.num_steps * (transformer + stats.overhead_ms)
-        return full / (fresh * transformer + stats.num_steps * stats.overhead_ms)
+        return speedup_of(stats, full_ms(stats) * fresh / stats.num_steps)
 
 
 def published_plan(stats: CalibrationStats, target: float) -> Plan:

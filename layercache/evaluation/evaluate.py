@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layercache.calibration.prompts import batches
+from layercache.calibration.prompts import Prompt, batches
 from layercache.evaluation.artifacts import write_artifacts
 from layercache.evaluation.compare import Comparison, compare
 from layercache.evaluation.methods import LayerCache, Method
@@ -21,7 +21,7 @@ from layercache.plan import Plan
 def evaluate_plan(
     pipe: Any,
     plan: Plan,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     call_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -35,12 +35,13 @@ def evaluate_plan(
     Args:
         pipe: A pipeline that the plan fits.
         plan: The plan; the uncached run takes as many steps as it has.
-        prompts: Captions that the plan was not calibrated on.
+        prompts: Captions, or mappings of pipeline arguments, that the plan was not calibrated on.
         call_kwargs: Pipeline arguments, such as guidance and resolution, as served.
         seed: With each prompt, it seeds the starting noise.
         batch_size: Prompts a pipeline call.
         repeats: Timed rounds a batch.
-        out: Folder for pictures, `results.json` and `report.html`, where given.
+        out: Folder for pictures, `results.json` and `report.html`, where given. Of videos the
+            pictures show a few frames; without a decoder latents are compared, and not shown.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -63,11 +64,23 @@ def evaluate_plan(
     if out is not None:
         facts = {
             "Model": f"{plan.model.class_name}, {sum(plan.model.block_lists.values())} blocks",
-            "Images": f"{len(prompts)}, {steps} steps each, seed {seed}",
+            _kind(comparison): f"{len(prompts)}, {steps} steps each, seed {seed}",
             "Timing": f"batches of {comparison.batch_size}, warm, methods in turns, uncached "
             f"median {comparison.uncached_seconds:.2f} s a batch",
             "Machine": f"{platform.machine()}, torch {torch.__version__}",
         }
         plans = {target: plan}
-        write_artifacts(out, comparison, plans, prompts, facts, title="LayerCache evaluation")
+        captions = [_caption(prompt, number) for number, prompt in enumerate(prompts, start=1)]
+        write_artifacts(out, comparison, plans, captions, facts, title="LayerCache evaluation")
     return comparison
+
+
+def _kind(comparison: Comparison) -> str:
+    if not comparison.decoded:
+        return "Latents"
+    return "Videos" if comparison.references.ndim == 5 else "Images"
+
+
+def _caption(prompt: Prompt, number: int) -> str:
+    text = prompt if isinstance(prompt, str) else prompt.get("prompt")
+    return text if isinstance(text, str) else f"prompt {number}"

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch
 from layercache.evaluation.methods import Method
+from layercache.models.pipelines import run_pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,8 @@ class Timing:
 
     Attributes:
         seconds: One wall-clock time a round, of the whole pipeline call.
-        images: (N, C, H, W) images of all batches, in order, in [0, 1].
+        images: (N, C, H, W) images or (N, F, C, H, W) videos of all batches, in order, in [0, 1],
+            or latents where nothing decodes them.
     """
 
     seconds: tuple[float, ...]
@@ -40,7 +41,7 @@ class Run:
     """One generation.
 
     Attributes:
-        images: (B, C, H, W) on the CPU, in [0, 1].
+        images: (B, C, H, W) or (B, F, C, H, W) on the CPU, in [0, 1], or latents.
         seconds: Wall-clock time of the pipeline call.
         cpu_seconds: Processor time of the process in the call, all threads together.
     """
@@ -56,7 +57,7 @@ def timed_run(pipe: Any, method: Method, batch: Batch) -> Run:
     with torch.no_grad(), method.attach(pipe):
         _synchronise()
         cpu, began = time.process_time(), time.perf_counter()
-        images = run_pipeline(pipe, changed)
+        images = run_pipeline(pipe, changed.arguments)
         _synchronise()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     return Run(images, seconds, cpu)
@@ -92,7 +93,7 @@ def time_interleaved(
     """
     if warm_up:
         with torch.no_grad():
-            run_pipeline(pipe, batches[0])
+            run_pipeline(pipe, batches[0].arguments)
     seconds: list[list[float]] = [[] for _ in methods]
     images: list[list[Tensor]] = [[] for _ in methods]
     for repeat in range(repeats):

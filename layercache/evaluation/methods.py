@@ -73,5 +73,7 @@ class LayerCache:
 
     def attach(self, pipe: Any) -> AbstractContextManager[Any]:
         """Apply the plan."""
-        context: AbstractContextManager[Any] = apply_plan(pipe, self.plan)
+        context: AbstractContextManager[Any] = apply_plan(
+            pipe, self.plan, component=getattr(self.plan, "component", "transformer")
+        )
         return context

@@ -1,18 +1,23 @@
-"""PSNR, SSIM and MS-SSIM of images against the uncached ones, in float.
+"""PSNR, SSIM and MS-SSIM of images and videos against the uncached ones, in float.
 
-Shape suffixes: N images, C channels, H and W pixels.
+A video's figure is the mean over its frames of the frames' figures. All that `as_tensor` reads is
+taken: tensors (N, C, H, W), (N, F, C, H, W) and (N, C, F, H, W), and lists of images or of frames.
+
+Shape suffixes: N images or videos, F frames, C channels, H and W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from layercache.errors import LayerCacheError
+from layercache.evaluation.frames import as_tensor, split_frames
 
 PSNR_CEILING_DB = 120.0
 """What two equal images count as. float32 rounding alone leaves about 140 dB."""
@@ -25,15 +30,15 @@ _WINDOW = 11
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close images are to the uncached ones: PSNR in dB and SSIM, per image.
+    """How close images or videos are to the uncached ones: PSNR in dB and SSIM of each.
 
     Attributes:
-        psnr_db: One value an image, at most `PSNR_CEILING_DB`.
-        ssim: One value an image, at most 1.
+        psnr_db: One value an image or video, at most `PSNR_CEILING_DB`.
+        ssim: One value an image or video, at most 1; None for latents, which have no pixels.
     """
 
     psnr_db: tuple[float, ...]
-    ssim: tuple[float, ...]
+    ssim: tuple[float, ...] | None
 
     @property
     def psnr_mean(self) -> float:
@@ -51,13 +56,13 @@ class Fidelity:
         return float(torch.tensor(self.psnr_db, dtype=torch.float64).quantile(0.5))
 
     @property
-    def ssim_mean(self) -> float:
+    def ssim_mean(self) -> float | None:
         """Mean SSIM over images."""
-        return sum(self.ssim) / len(self.ssim)
+        return None if self.ssim is None else sum(self.ssim) / len(self.ssim)
 
 
-def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """(N,) float64 peak signal-to-noise ratio in dB of images (N, C, H, W) with range [0, 1].
+def psnr(images: Any, references: Any) -> Tensor:
+    """(N,) float64 peak signal-to-noise ratio in dB of images or videos with range [0, 1].
 
     PSNR = -10 log10(mean squared error), in float64 on images clamped to [0, 1]: never on uint8,
     whose differences wrap. Values are capped at `PSNR_CEILING_DB`, so equal images stay finite.
@@ -69,13 +74,32 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
         >>> psnr(torch.full((1, 3, 8, 8), 0.6), torch.full((1, 3, 8, 8), 0.5))
         tensor([20.0000], dtype=torch.float64)
     """
-    a, b = _clamped(images, references)
+    return _by_frame(lambda a, b: _decibels((a - b).pow(2).flatten(1).mean(1)), images, references)
+
+
+def latent_psnr(latents: Tensor, references: Tensor) -> Tensor:
+    """(N,) float64 PSNR in dB of latents (N, ...), for pipelines that decode nothing.
+
+    The peak is the range of each reference: PSNR = -10 log10(mean squared error / (max - min)^2),
+    without clamping, capped at `PSNR_CEILING_DB`. It compares the runs of one pipeline with one
+    another; to the PSNR of images it has no relation.
+
+    Raises:
+        LayerCacheError: The shapes differ, or a value is NaN.
+
+    Example:
+        >>> latent_psnr(torch.tensor([[0.0, 4.4]]), torch.tensor([[0.0, 4.0]])).round(decimals=2)
+        tensor([23.0100], dtype=torch.float64)
+    """
+    a, b = _checked(latents, references, "(N, ...)", smallest=2)
+    flat = b.flatten(1)
+    span = flat.amax(1) - flat.amin(1)
     error = (a - b).pow(2).flatten(1).mean(1)
-    return (-10 * error.clamp_min(10 ** (-PSNR_CEILING_DB / 10)).log10()).clamp_max(PSNR_CEILING_DB)
+    return _decibels(error / span.clamp_min(1e-12).pow(2))
 
 
-def ssim(images: Tensor, references: Tensor) -> Tensor:
-    """(N,) structural similarity of images (N, C, H, W) with range [0, 1].
+def ssim(images: Any, references: Any) -> Tensor:
+    """(N,) structural similarity of images or videos with range [0, 1].
 
     The usual form: Gaussian window of sigma 1.5, constants 0.01 and 0.03 (Wang et al., 2004), as
     torchmetrics computes it.
@@ -89,12 +113,14 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
         raise LayerCacheError(
             "SSIM needs torchmetrics, which is not installed: pip install 'layercache-flow[eval]'"
         ) from error
-    a, b = _clamped(images, references)
-    value = structural_similarity_index_measure(
-        a.float(), b.float(), data_range=1.0, reduction="none"
-    )
-    result: Tensor = value.reshape(len(a)).double()
-    return result
+
+    def measure(a: Tensor, b: Tensor) -> Tensor:
+        value: Tensor = structural_similarity_index_measure(
+            a.float(), b.float(), data_range=1.0, reduction="none"
+        )
+        return value.reshape(len(a)).double()
+
+    return _by_frame(measure, images, references)
 
 
 def ms_ssim_scales(height: int, width: int) -> int:
@@ -115,7 +141,7 @@ def ms_ssim_scales(height: int, width: int) -> int:
     return max(fits, default=1)
 
 
-def ms_ssim(images: Tensor, references: Tensor) -> Tensor | None:
+def ms_ssim(images: Any, references: Any) -> Tensor | None:
     """(N,) multi-scale structural similarity, or None where images are smaller than 2 scales need.
 
     Small images have fewer than five scales (see `ms_ssim_scales`); the weights of those that
@@ -133,17 +159,19 @@ def ms_ssim(images: Tensor, references: Tensor) -> Tensor | None:
             "MS-SSIM needs torchmetrics, which is not installed: "
             "pip install 'layercache-flow[eval]'"
         ) from error
-    a, b = _clamped(images, references)
-    scales = ms_ssim_scales(a.shape[2], a.shape[3])
+    scales = ms_ssim_scales(*as_tensor(references).shape[-2:])
     if scales < 2:
         return None
     chosen = MS_SSIM_WEIGHTS[:scales]
     weights = tuple(weight / sum(chosen) for weight in chosen)
-    value = measure(
-        a.float(), b.float(), data_range=1.0, reduction="none", betas=weights, normalize="relu"
-    )
-    result: Tensor = value.reshape(len(a)).double()
-    return result
+
+    def of_frames(a: Tensor, b: Tensor) -> Tensor:
+        value: Tensor = measure(
+            a.float(), b.float(), data_range=1.0, reduction="none", betas=weights, normalize="relu"
+        )
+        return value.reshape(len(a)).double()
+
+    return _by_frame(of_frames, images, references)
 
 
 def bootstrap_interval(
@@ -163,24 +191,40 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def fidelity(images: Tensor, references: Tensor) -> Fidelity:
-    """PSNR and SSIM of every image."""
+def fidelity(images: Any, references: Any, *, decoded: bool = True) -> Fidelity:
+    """PSNR and SSIM of every image or video; of latents, where nothing was decoded, the PSNR."""
+    if not decoded:
+        return Fidelity(psnr_db=tuple(latent_psnr(images, references).tolist()), ssim=None)
     return Fidelity(
         psnr_db=tuple(psnr(images, references).tolist()),
         ssim=tuple(ssim(images, references).tolist()),
     )
 
 
-def _clamped(images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    if images.shape != references.shape or images.ndim != 4 or not len(images):
+def _decibels(error: Tensor) -> Tensor:
+    """-10 log10 of squared errors relative to the squared peak."""
+    return (-10 * error.clamp_min(10 ** (-PSNR_CEILING_DB / 10)).log10()).clamp_max(PSNR_CEILING_DB)
+
+
+def _by_frame(measure: Callable[[Tensor, Tensor], Tensor], images: Any, references: Any) -> Tensor:
+    """(N,) means over frames of what is measured between the frames, clamped to [0, 1]."""
+    a, b = _checked(as_tensor(images), as_tensor(references), "(N, C, H, W) or (N, F, C, H, W)", 4)
+    (a, count), (b, _) = split_frames(a.clamp(0, 1)), split_frames(b.clamp(0, 1))
+    return measure(a, b).reshape(-1, count).mean(1)
+
+
+def _checked(
+    images: Tensor, references: Tensor, layout: str, smallest: int
+) -> tuple[Tensor, Tensor]:
+    if images.shape != references.shape or images.ndim < smallest or not images.numel():
         raise LayerCacheError(
             f"images of shape {tuple(images.shape)} cannot be compared with references of shape "
-            f"{tuple(references.shape)}: both must be (N, C, H, W)"
+            f"{tuple(references.shape)}: both must be {layout}"
         )
     pair = (images.detach().double().cpu(), references.detach().double().cpu())
     for name, tensor in zip(("images", "references"), pair, strict=True):
         if tensor.isnan().any():
             raise LayerCacheError(
-                f"the {name} hold NaN pixels: the run overflowed; use float32 or bfloat16"
+                f"the {name} hold NaN: the run overflowed; use float32 or bfloat16"
             )
-    return pair[0].clamp(0, 1), pair[1].clamp(0, 1)
+    return pair

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layercache.errors import LayerCacheError
-from layercache.plan import IDLE, REFRESH, SPANS, Plan
+from layercache.plan import COMPUTED, IDLE, SPANS, Plan
 
 if TYPE_CHECKING:
     from layercache.evaluation.compare import Comparison
@@ -64,7 +64,7 @@ def plan_heat_map(plans: Mapping[str, Plan]) -> bytes:
         )
         for row, unit in enumerate(plan.units):
             for step, symbol in enumerate(unit.cells):
-                if symbol in SPANS[1:] and unit.taps is None:
+                if symbol in SPANS[1:]:
                     axis.text(
                         step + 0.5,
                         row + 0.52,
@@ -76,7 +76,7 @@ def plan_heat_map(plans: Mapping[str, Plan]) -> bytes:
                     )
         axis.set_yticks(
             np.arange(len(plan.units)) + 0.5,
-            [f"{u.name}  ({u.cells.count(REFRESH)} of {plan.num_steps})" for u in plan.units],
+            [f"{u.name}  ({u.cells.count(COMPUTED)} of {plan.num_steps})" for u in plan.units],
             fontsize=9,
         )
         axis.invert_yaxis()
@@ -107,16 +107,16 @@ def _cells(plan: Plan) -> np.ndarray[Any, np.dtype[np.int64]]:
     grid = np.zeros((len(plan.units), plan.num_steps), dtype=np.int64)
     for row, unit in enumerate(plan.units):
         schedule = plan.schedules[unit.name]
-        taps = schedule.taps
         for step, symbol in enumerate(unit.cells):
-            if symbol == REFRESH:
-                corrected = schedule.weight[step] if taps is None else taps[step]
-                grid[row, step] = _CORRECTED if corrected else _COMPUTED
+            # The step unit has its taps where it is computed, a group where it is cached.
+            read = schedule.reads[step]
+            if symbol == COMPUTED:
+                grid[row, step] = _CORRECTED if read else _COMPUTED
             elif symbol == IDLE:
                 grid[row, step] = _SKIPPED
             else:
-                plain = symbol == SPANS[0] if taps is None else not taps[schedule.anchor[step]]
-                grid[row, step] = _REUSED if plain else _PREDICTED
+                taps = schedule.reads[schedule.anchor[step]] if unit.kind == "step" else read
+                grid[row, step] = _PREDICTED if taps else _REUSED
     return grid
 
 

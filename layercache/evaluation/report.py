@@ -158,7 +158,7 @@ def _table_row(row: Row, best: bool) -> str:
         f"<tr{kind}><td>{escape(row.method)}</td><td>{100 * row.compute_share:.1f} %</td>"
         f"<td>{row.speedup_measured:.2f}x</td><td>{predicted}</td>"
         f"<td{mark}>{row.psnr_mean:.1f} dB</td><td>{row.psnr_worst:.1f} dB</td>"
-        f"<td>{row.ssim_mean:.4f}</td></tr>"
+        f"<td>{'-' if row.ssim_mean is None else f'{row.ssim_mean:.4f}'}</td></tr>"
     )
 
 

@@ -1,4 +1,7 @@
-"""Sheets of images: the uncached one, each method's, and their differences made visible."""
+"""Sheets of images: the uncached one, each method's, and their differences made visible.
+
+A video is shown as a strip of its frames.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from layercache.errors import LayerCacheError
+from layercache.evaluation.frames import as_tensor
 from layercache.evaluation.metrics import psnr
 
 if TYPE_CHECKING:
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 
 AMPLIFICATION = 20
 """Factor of the absolute differences shown; 0.05 of the range is white."""
+
+FRAMES = 3
+"""Most frames of a video that are shown: the first, the last, the others evenly between them."""
 
 _CELL = 128
 _GAP = 10
@@ -33,15 +41,27 @@ def image_sheet(
 ) -> bytes:
     """A PNG with the first `count` prompts at every target: a row of images, a row of differences.
 
-    Nothing is selected: the prompts are the first ones of their list. Small images are enlarged
-    without interpolation, so that every pixel is seen as it is.
+    Nothing is selected: the prompts are the first ones of their list, and of a video `FRAMES`
+    frames are shown. Small images are enlarged without interpolation, so that every pixel is seen
+    as it is.
+
+    Args:
+        comparison: The images.
+        prompts: Their captions.
+        count: How many are shown.
+        heading_of: The heading of a target.
+
+    Raises:
+        LayerCacheError: Pillow is not installed, or the comparison is one of latents.
     """
     image_class, draw_class, font_of = _pillow()
     heading, label = font_of(15), font_of(12)
     methods = list(dict.fromkeys(row.method for row in comparison.rows))
-    count = min(count, len(comparison.references))
+    references = as_tensor(comparison.references)
+    count = min(count, len(references))
     block = _LABEL + 2 * (_CELL + _LABEL) + _GAP
-    width = _CAPTION + (1 + len(methods)) * (_CELL + _GAP) + _GAP
+    cell = _CELL * len(_shown(references[0]))
+    width = _CAPTION + (1 + len(methods)) * (cell + _GAP) + _GAP
     height = len(comparison.targets) * (_HEADING + count * block) + _HEADING
     sheet = image_class.new("RGB", (width, height), "white")
     draw = draw_class(sheet)
@@ -55,13 +75,13 @@ def image_sheet(
             draw.multiline_text((_GAP, top + _LABEL), caption, fill="#334155", font=label)
             difference = f"difference x{AMPLIFICATION}"
             draw.text((_GAP, top + 2 * _LABEL + _CELL), difference, fill="#64748b", font=label)
-            reference = comparison.references[index]
+            reference = references[index]
             _paste(sheet, draw, label, (_CAPTION, top), "uncached", reference, None)
             for column, method in enumerate(methods, start=1):
                 if method not in rows:
                     continue
-                image = comparison.images[method, target][index]
-                left = _CAPTION + column * (_CELL + _GAP)
+                image = as_tensor(comparison.images[method, target])[index]
+                left = _CAPTION + column * (cell + _GAP)
                 gap = (image - reference).abs() * AMPLIFICATION
                 value = f"{float(psnr(image[None], reference[None])):.1f} dB"
                 _paste(sheet, draw, label, (left, top), method, image, (gap, value))
@@ -82,24 +102,47 @@ def _paste(
 ) -> None:
     left, top = corner
     draw.text((left, top), name, fill="#0f172a", font=font)
-    sheet.paste(_enlarged(image), (left, top + _LABEL))
+    strip = _strip(image)
+    sheet.paste(strip, (left, top + _LABEL))
     if difference is not None:
         gap, value = difference
         draw.text((left, top + _LABEL + _CELL + 2), value, fill="#334155", font=font)
         low = top + 2 * _LABEL + _CELL
-        sheet.paste(_enlarged(gap), (left, low))
+        sheet.paste(_strip(gap), (left, low))
         # Large differences are white, as the page is.
-        draw.rectangle((left, low, left + _CELL - 1, low + _CELL - 1), outline="#cbd5e1")
+        draw.rectangle((left, low, left + strip.width - 1, low + _CELL - 1), outline="#cbd5e1")
 
 
-def _enlarged(image: Tensor) -> Any:
-    """One image (C, H, W) in [0, 1] as a picture of `_CELL` pixels a side."""
+def _shown(picture: Tensor) -> list[Tensor]:
+    """The frames (C, H, W) of an image or video that are shown."""
+    if picture.ndim == 3:
+        return [picture]
+    count = min(FRAMES, len(picture))
+    return [picture[int(i)] for i in torch.linspace(0, len(picture) - 1, count).round()]
+
+
+def _strip(picture: Tensor) -> Any:
+    """One image (C, H, W) or video (F, C, H, W) in [0, 1] as a row of cells."""
     image_class, _, _ = _pillow()
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    small = max(image.shape[1:]) <= _CELL
-    picture = image_class.fromarray(pixels)
-    resample = image_class.Resampling.NEAREST if small else image_class.Resampling.LANCZOS
-    return picture.resize((_CELL, _CELL), resample)
+    frames = _shown(picture)
+    strip = image_class.new("RGB", (_CELL * len(frames), _CELL), "white")
+    for index, frame in enumerate(frames):
+        fitted = _fitted(frame)
+        left = index * _CELL + (_CELL - fitted.width) // 2
+        strip.paste(fitted, (left, (_CELL - fitted.height) // 2))
+    return strip
+
+
+def _fitted(image: Tensor) -> Any:
+    """One image (C, H, W) in [0, 1] as a picture whose longer side has `_CELL` pixels."""
+    image_class, _, _ = _pillow()
+    colours = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
+    pixels = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    height, width = pixels.shape[:2]
+    longer = max(height, width)
+    resample = image_class.Resampling.NEAREST if longer <= _CELL else image_class.Resampling.LANCZOS
+    size = (max(1, round(width * _CELL / longer)), max(1, round(height * _CELL / longer)))
+    return image_class.fromarray(pixels).resize(size, resample)
 
 
 def _pillow() -> tuple[Any, Any, Any]:

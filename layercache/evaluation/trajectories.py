@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch
+from layercache.models.pipelines import run_pipeline
 from layercache.models.stepping import sigmas_of, tapped_step
 
 
@@ -55,7 +55,7 @@ def collect_trajectories(pipe: Any, batches: Sequence[Batch]) -> Trajectories:
             return velocity
 
         with torch.no_grad(), tapped_step(pipe.scheduler, record):
-            run_pipeline(pipe, batch)
+            run_pipeline(pipe, batch.arguments)
         sigmas = sigmas_of(pipe.scheduler)
         z.append(z[-1] + (sigmas[-1] - sigmas[-2]) * v[-1])
         latents.append(torch.stack(z, dim=1).numpy())

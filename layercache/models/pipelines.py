@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from layercache.models._foreign import modular_blocks
 
 _OUTPUTS = ("images", "videos", "frames", "latents")
 """Names under which a modular pipeline leaves what it made, the most finished first."""
@@ -38,12 +41,13 @@ def decodes(pipe: Any) -> bool:
     return getattr(pipe, "vae", None) is not None
 
 
-def run_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Tensor:
+def run_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int = 0) -> Tensor:
     """Call a pipeline from the start, whatever was drawn before.
 
     Args:
         pipe: The pipeline.
         arguments: Arguments of its call. Generators are copied, since they are stateful.
+        seed: Of torch's global generators during the call, which are left as they were.
 
     Returns:
         (B, C, H, W) images or (B, F, C, H, W) videos in [0, 1] on the CPU, or latents where nothing
@@ -56,18 +60,26 @@ def run_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Tensor:
     elif isinstance(generators, torch.Generator):
         call["generator"] = generators.clone_state()
     call["output_type"] = "pt" if decodes(pipe) else "latent"
-    if is_modular(pipe):
-        output = _modular_output(pipe, call)
-    else:
-        output = pipe(**call, return_dict=False)[0]
+    with torch.random.fork_rng(_cuda_devices()):
+        # Some pipelines draw from the global generator besides the one that they are given.
+        torch.manual_seed(seed)
+        made = _modular_output(pipe, call) if is_modular(pipe) else pipe(**call, return_dict=False)
+    output = made if is_modular(pipe) else made[0]
     tensor = output if isinstance(output, Tensor) else torch.stack(list(output))
+    if decodes(pipe) and tensor.ndim == 4 and _makes_videos(pipe):
+        tensor = tensor[None]
     return tensor.detach().float().cpu()
+
+
+def _makes_videos(pipe: Any) -> bool:
+    """Whether frames are asked for; Cosmos3's pipeline returns those of its one video unbatched."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _modular_output(pipe: Any, call: dict[str, Any]) -> Any:
     asked = call.pop("output", None)
     # A modular pipeline warns of arguments that none of its blocks takes.
-    if all(parameter.name != "output_type" for parameter in pipe._blocks.inputs):
+    if all(parameter.name != "output_type" for parameter in modular_blocks(pipe).inputs):
         del call["output_type"]
     state = pipe(**call)
     if asked is not None:
@@ -80,6 +92,10 @@ def _modular_output(pipe: Any, call: dict[str, Any]) -> Any:
         f"{type(pipe).__name__} returned none of {', '.join(_OUTPUTS)}: name what it makes with "
         "output="
     )
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 def free_models(pipe: Any) -> None:

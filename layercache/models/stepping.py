@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layercache.models._foreign import counts_steps, first_index, is_placed, rewind, running_index
 from layercache.models.patching import wrap_method
 
 _EULER = 1e-4
@@ -59,19 +60,16 @@ class _Unmoved(tuple[Tensor]):
 def step_index(scheduler: Any) -> int:
     """Index into `scheduler.sigmas` of the step under way or, between steps, of the next one.
 
-    diffusers leaves `_step_index` unset until the first `step` of a run; until then the run starts
+    diffusers leaves the index unset until the first `step` of a run; until then the run starts
     at `begin_index` (set by image-to-image pipelines) or at 0.
     """
-    index = getattr(scheduler, "_step_index", None)
-    if index is None:
-        index = getattr(scheduler, "_begin_index", None) or 0
-    return int(index)
+    index = running_index(scheduler)
+    return first_index(scheduler) if index is None else index
 
 
 def starts_anywhere(scheduler: Any) -> bool:
     """Whether the scheduler has not been told where its run starts: its first `step` finds out."""
-    known = [getattr(scheduler, name, None) for name in ("_step_index", "_begin_index")]
-    return hasattr(scheduler, "_step_index") and known == [None, None]
+    return counts_steps(scheduler) and not is_placed(scheduler)
 
 
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:
@@ -161,9 +159,7 @@ def solver_of(scheduler: Any) -> str:
             for name in ("sigmas", "timesteps"):
                 setattr(trial, name, getattr(trial, name).cpu())
             # From the start, also where the run is to begin late.
-            for name, value in (("_step_index", None), ("_begin_index", 0)):
-                if hasattr(trial, name):
-                    setattr(trial, name, value)
+            rewind(trial)
             sigmas = trial.sigmas.tolist()
             sample = torch.randn(1, 4, 2, 2, generator=generator)
             for index, timestep in enumerate(trial.timesteps[:_TRIED]):

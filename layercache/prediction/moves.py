@@ -6,6 +6,7 @@ is never computed at a skipped step. Column 0 is the step unit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from layercache.solver.problem import BUDGET_RTOL, BoolArray, FloatArray
 
 NEAR = (1, -1, 2, -2, 3, -3)
 NEAR_SHARE = 0.6
+FEW_STEPS = 8
+"""Of so few steps besides fixed ones all schedules are tried that skip whole steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,18 @@ class Table:
                         break
         return [table for table in found if self.allowed(table)]
 
+    def step_schedules(self) -> list[BoolArray]:
+        """All schedules that skip whole steps, if they are few; else none."""
+        free = np.flatnonzero(~self.fixed)
+        if not self.skips or len(free) > FEW_STEPS:
+            return []
+        found = []
+        for choice in itertools.product((True, False), repeat=len(free)):
+            table = self.full.copy()
+            table[free] = np.array(choice)[:, None]
+            found.append(table)
+        return [table for table in found if self.allowed(table)]
+
     def additions(self, computed: BoolArray, budget_ms: float) -> list[BoolArray]:
         """All schedules within a budget that compute one skipped step, or one cached group, more."""
         room = budget_ms + BUDGET_RTOL * abs(budget_ms) - self.spent(computed)
@@ -181,9 +196,7 @@ class Table:
             moved[step, 1 + group] = False
         return moved
 
-    def _filled(
-        self, computed: BoolArray, budget_ms: float, rng: np.random.Generator
-    ) -> BoolArray:
+    def _filled(self, computed: BoolArray, budget_ms: float, rng: np.random.Generator) -> BoolArray:
         """Random cached groups computed for as long as they fit."""
         room = budget_ms - self.spent(computed)
         columns = [1 + group for group in self.groups]

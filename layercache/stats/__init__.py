@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layercache.errors import ModelMismatchError, StatsError
-from layercache.stats.file import read_archive, write_archive, write_atomically
-from layercache.stats.validation import ARRAYS, SHARED, check_stats
+from layercache.stats._file import read_archive, write_archive, write_atomically
+from layercache.stats._validation import ARRAYS, SHARED, check_stats
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -283,7 +283,7 @@ class CalibrationStats:
             speed = float(np.sqrt((self.velocities[:, 1:] ** 2).sum(-1)).mean())
             lines.append(
                 f"  {group.name:<32} {self.group_ms[index]:8.2f} ms   "
-                f"delta at lag 1: {100 * norm / speed:.3f} % of the velocity"
+                f"delta at lag 1: {100 * norm / max(speed, 1e-30):.3f} % of the velocity"
             )
         return "\n".join(lines)
 

@@ -194,7 +194,6 @@ def test_one_group_a_block_and_groups_of_ones_own() -> None:
         ({"groups": [Group(block_list="layers", start=0, stop=1)]}, "not in this model"),
         ({"lags": 0}, "lags=0"),
         ({"prompts": []}, "non-empty"),
-        ({"prompts": ["a circle", "a circle"]}, "stands twice"),
     ],
 )
 def test_bad_requests(changes: dict[str, Any], message: str) -> None:

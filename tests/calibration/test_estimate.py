@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from layercache.calibration import CalibrationEstimate, calibrate, estimate_calibration
 from layercache.calibration.estimate import _replayed_forwards
 from layercache.calibration.jobs import Jobs
 from layercache.calibration.memory import PeakMemory
-from layercache.calibration.replay import ReplayableTransformer
+from layercache.calibration.replay import RecordedCall, ReplayableTransformer
 from layercache.calibration.timing import Clock, StepTimes
 from layercache.errors import StatsError
 from layercache.models import adapter_for
@@ -113,12 +112,26 @@ def test_lags_that_a_run_never_reaches_take_no_memory() -> None:
 def test_a_tighter_bound_replays_fewer_lags_together_with_the_same_result() -> None:
     free = estimate(sketch_size=4096)
     assert free.lags_together == 3 and not free.offload
-    alone = estimate(sketch_size=4096, max_memory=free.peak_bytes - 1)
-    assert alone.lags_together < 3 and alone.peak_bytes < free.peak_bytes
+    bound = free.peak_bytes - free.kept_bytes - 1
+    alone = estimate(sketch_size=4096, max_memory=bound)
+    assert alone.lags_together < 3 and alone.peak_bytes <= bound
     options: dict[str, Any] = {"num_inference_steps": 8}
     loose = measure(tiny_pipeline(), **options)
     tight = measure(tiny_pipeline(), max_memory=alone.peak_bytes, **options)
     np.testing.assert_allclose(tight.deltas, loose.deltas, atol=1e-4)
+
+
+def test_outputs_that_memory_has_no_room_for_go_to_the_disk_with_the_same_result() -> None:
+    free = estimate(sketch_size=4096)
+    assert free.disk_bytes == 0 < free.kept_bytes
+    bound = free.peak_bytes - free.kept_bytes // 2
+    half = estimate(sketch_size=4096, max_memory=bound)
+    assert half.disk_bytes > 0 and half.lags_together == free.lags_together
+    assert half.peak_bytes <= bound
+    options: dict[str, Any] = {"num_inference_steps": 8}
+    loose = measure(tiny_pipeline(), **options)
+    tight = measure(tiny_pipeline(), max_memory=bound, **options)
+    np.testing.assert_array_equal(tight.deltas, loose.deltas)
 
 
 def test_a_bound_that_cannot_be_kept_is_refused_with_the_smallest_that_can() -> None:
@@ -132,7 +145,7 @@ def test_costs_are_counted_in_full_generations() -> None:
     assert found.generations > 1
     assert estimate(num_inference_steps=20, mode="residual").generations < 2
     assert found.prompts == 2 and found.batch_size == 1
-    assert found.file_bytes == 2 * 20 * (1 + 4 * 4) * 1024 * 4
+    assert found.file_bytes == 2 * 20 * (2 + 4 * 4) * 1024 * 4
 
 
 def test_a_replay_costs_the_groups_behind_it() -> None:
@@ -140,7 +153,7 @@ def test_a_replay_costs_the_groups_behind_it() -> None:
     # Lags 1, 2, 2 at the three steps with a history: five replays a group.
     seconds = np.array([3.0, 2.0, 1.0, 4.0])
     expected = 5 * ((2 + 1 + 4) + (1 + 4) + 4) / 10
-    assert _replayed_forwards(jobs, seconds) == pytest.approx(expected)
+    assert _replayed_forwards(jobs, range(4), seconds) == pytest.approx(expected)
 
 
 def test_times_split_a_step_into_groups_rest_and_outside() -> None:
@@ -148,11 +161,15 @@ def test_times_split_a_step_into_groups_rest_and_outside() -> None:
     for scale in (9.0, 9.0, 1.0, 2.0, 3.0):  # the first two are cold
         times.group(0, 0.0, scale * 1e-3)
         times.group(1, 0.0, scale * 2e-3)
-        times.noting(0.0, scale * 1e-3)
-        times.call(0.0, scale * 6e-3)
+        times.aside(0.0, scale * 1e-3)
+        times.call(0.0, scale * 5e-3)
         times.outside(0.0, scale * 7e-3)
         times.end_step()
-    np.testing.assert_allclose(times.median_ms(), [2.0, 4.0, 4.0, 2.0])
+    # Four milliseconds outside the groups of the call, of seven two are the call's and one ours.
+    np.testing.assert_allclose(times.median_ms(np.ones((5, 3))), [2.0, 4.0, 4.0, 2.0])
+    # A step that had half to do counts as what it would have taken in full.
+    loads = np.array([[1.0] * 3, [1.0] * 3, [0.5] * 3, [1.0] * 3, [1.0] * 3])
+    np.testing.assert_allclose(times.median_ms(loads), [2.0, 4.0, 4.0, 2.0])
 
 
 def test_calibrated_times_are_positive_and_add_up() -> None:
@@ -180,26 +197,24 @@ def test_at_most_the_current_step_and_as_many_as_lags_are_held() -> None:
         pipe.transformer, adapter_for(pipe.transformer), groups, lags, offload=True
     )
 
-    def step(t: float) -> Tensor:
-        time = torch.full((1,), t)
-        found = pipe.transformer(batch["z"], batch["text"], None, time, [[(1, 8, 8)]])[0]
-        assert isinstance(found, Tensor)
-        return found
+    def step(number: int) -> RecordedCall:
+        time = torch.full((1,), 1 - number / 8)
+        args = (batch["z"], batch["text"], None, time, [[(1, 8, 8)]])
+        return replayable.record(number, 0, pipe.transformer, args, {})
 
-    replayable.on_call(lambda *a, **k: replayable.record(0, a, k))
     try:
         with torch.no_grad():
             for number in range(8):
-                step(1 - number / 8)
-                held.append(replayable.held_bytes())
-                replayable.end_step()
-            residual = sum(replayable.residual_bytes(g) for g in range(2))
+                call = step(number)
+                held.append(replayable.held_bytes(call))
+            residual = sum(replayable.residual_bytes(7, g) for g in range(2))
             outputs = held[0] - residual
             expected = [outputs + residual * min(n + 1, lags + 1) for n in range(8)]
             assert held == expected
-            exact = replayable.replay(0, 1, [1])[0][0]
+            assert replayable.available(call, 1, [1, 2, 3, 4]) == [1, 2, 3]
+            exact = replayable.replay(call, 1, [1])[0][0]
             assert exact.shape == (1, 64, 48)
-            replayable.end_run()
-            assert replayable.held_bytes() == 0
+            replayable.clear()
+            assert replayable.residual_bytes(7, 0) == 0
     finally:
         replayable.remove()

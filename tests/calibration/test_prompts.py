@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from layercache.calibration.prompts import batches, prompt_id
+from layercache.calibration.prompts import batches, identities_of, noise_seed, prompt_id
+from layercache.calibration.sharding import take_shard
 from layercache.errors import ModelMismatchError, StatsError
 from tests.calibration.test_calibrate import PROMPTS, measure
 from tests.tiny import tiny_arguments, tiny_pipeline
@@ -24,6 +25,38 @@ def test_arrays_and_images_are_known_by_what_they_hold() -> None:
     red, blue = (Image.new("RGB", (2, 2), colour) for colour in ("red", "blue"))
     assert prompt_id({"image": red}, 0) == prompt_id({"image": red.copy()}, 0)
     assert prompt_id({"image": red}, 0) != prompt_id({"image": blue}, 0)
+
+
+def test_a_repeated_prompt_has_noise_of_its_own_and_its_first_identity_stays() -> None:
+    found = identities_of(["", "a", "", {"prompt": ""}, ""], seed=0)
+    assert len(set(found)) == 5
+    assert found[0] == prompt_id("", 0) and found[4] == prompt_id("", 0, repetition=2)
+    assert len({noise_seed(identity) for identity in found}) == 5
+    # Which prompts stand between or behind repetitions is nothing to them.
+    assert identities_of([""] * 3, seed=0) == (found[0], found[2], found[4])
+
+
+@pytest.mark.parametrize("prompt", ["", {"height": 32}])
+def test_repetitions_are_the_same_however_they_are_split(prompt: Any) -> None:
+    prompts = [prompt] * 5
+    expected = set(identities_of(prompts, 3))
+    for size in (1, 2, 5):
+        assert {i for b in batches(prompts, 3, size, {}) for i in b.ids} == expected
+    parts = [take_shard(batches(prompts, 3, 2, {}), (index, 2)) for index in range(2)]
+    assert {i for part in parts for batch in part for i in batch.ids} == expected
+
+
+def test_text_that_is_no_unicode_has_an_identity() -> None:
+    assert prompt_id({"prompt": "\ud800"}, 0) != prompt_id({"\ud800": "prompt"}, 0)
+
+
+def test_prompts_equal_but_for_their_noise_are_measured_and_resumed(tmp_path: Any) -> None:
+    common = {"mode": "residual", "probes": 0, "parts": tmp_path}
+    once = measure(tiny_pipeline(), PROMPTS[:1], **common)
+    again = measure(tiny_pipeline(), PROMPTS[:1] * 3, **common)
+    assert again.num_prompts == 3 and set(once.prompt_ids) < set(again.prompt_ids)
+    assert len(list(tmp_path.glob("*.npz"))) == 3
+    assert len({float(abs(row).sum()) for row in again.velocities}) == 3
 
 
 @pytest.mark.parametrize("value", [object(), torch.Generator(), np.array([object()])])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from layercache.calibration.profile import run_pipeline
 from layercache.calibration.prompts import Batch, batches
 from layercache.errors import ModelMismatchError
 from layercache.evaluation.contenders import Contenders
@@ -21,7 +20,8 @@ from layercache.evaluation.peers.meancache import Edge
 from layercache.evaluation.peers.skipping import skip_steps
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.evaluation.trajectories import collect_trajectories
-from tests.solver.strategies import random_stats
+from layercache.models.pipelines import run_pipeline
+from tests.prediction.strategies import random_stats
 from tests.tiny import tiny_arguments, tiny_pipeline
 
 STEPS = 6
@@ -89,7 +89,7 @@ def test_skipping_reuses_the_guided_output_exactly() -> None:
         torch.no_grad(),
         skip_steps(pipe, [True, False, False, True, False, False], lambda: advance),
     ):
-        run_pipeline(pipe, batch)
+        run_pipeline(pipe, batch.arguments)
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
     assert torch.equal(seen[3], seen[5]) and not torch.equal(seen[2], seen[3])
 
@@ -107,7 +107,7 @@ def test_the_runner_leaves_no_trace_even_after_an_error() -> None:
         torch.no_grad(),
         skip_steps(pipe, [True] * STEPS, lambda: fail),
     ):
-        run_pipeline(pipe, batch)
+        run_pipeline(pipe, batch.arguments)
     assert "forward" not in vars(pipe.transformer)
     assert "step" not in vars(pipe.scheduler)
     after, _ = run_once(pipe, Uncached(), batch)
@@ -119,8 +119,8 @@ def test_a_second_run_starts_anew() -> None:
     first, second = work(3)
     method = Uniform(uniform_steps(STEPS, 2))
     with torch.no_grad(), method.attach(pipe):
-        run_pipeline(pipe, first)
-        shared = run_pipeline(pipe, second)
+        run_pipeline(pipe, first.arguments)
+        shared = run_pipeline(pipe, second.arguments)
     alone, _ = run_once(pipe, method, second)
     assert torch.equal(shared, alone)
 
@@ -179,7 +179,9 @@ def test_timing_interleaves_and_keeps_images_in_order() -> None:
     timings = time_interleaved(pipe, parts, methods, repeats=2, tick=lambda: ticks.append(1))
     assert len(ticks) == 2 * 2 * 2
     assert [len(t.seconds) for t in timings] == [4, 4]
-    assert torch.equal(timings[0].images, torch.cat([run_pipeline(pipe, b) for b in parts]))
+    assert torch.equal(
+        timings[0].images, torch.cat([run_pipeline(pipe, b.arguments) for b in parts])
+    )
     assert timings[1].median_seconds < timings[0].median_seconds
 
 

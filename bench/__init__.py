@@ -1,0 +1,1 @@
+"""Benchmarks, studies and training: what the project measures itself with, not installed."""

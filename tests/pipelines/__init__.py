@@ -1,0 +1,1 @@
+"""Tests on pipelines of diffusers, tiny and random."""
