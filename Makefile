@@ -43,7 +43,7 @@ ablation: setup
 
 # Speed and memory of LayerCache's own parts.
 benchmarks: setup
-	for part in calibration calibration_plans runtime solver; do \
+	for part in calibration calibration_plans runtime solver surrogate; do \
 		$(BIN)/python -m bench.$$part || exit 1; done
 
 # plans/schema.json follows from the pydantic model; a test holds the two together.

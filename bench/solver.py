@@ -10,8 +10,6 @@
 - `greedy_gap_median`, `greedy_gap_worst`: (greedy - dp) / dp over 200 random instances and over 20
   calibrated ones, groups only: the reference model, calibrated on four prompts with eight groups
   before the clock starts (about a minute), or the statistics of `--stats FILE`.
-- `joint_gap_median`, `joint_gap_worst`: (objective - lower bound) / objective of dp on the same
-  statistics with the step unit, at 20 budgets.
 - Growth: times over steps and over units, with fitted exponents.
 
 One thread; the tables' prices are computed before the clock starts, since every solver needs them.
@@ -40,10 +38,10 @@ from typing import Any
 import numpy as np
 
 from layercache import CalibrationStats
-from layercache.solver import SOLVERS, ScheduleProblem, UnitCosts
+from layercache.costs import cell_ms, full_ms
+from layercache.prediction import price
+from layercache.solver import SOLVERS, ScheduleProblem, ScheduleSolution, UnitCosts
 from layercache.solver import milp as milp_module
-from layercache.solver.dp import solve_many
-from layercache.solver.pricing import price_units
 
 LAGS = 8
 
@@ -109,14 +107,13 @@ def instance(
             UnitCosts(
                 name=f"g{index}",
                 kind="group",
-                refresh_ms=float(rng.uniform(0.8, 1.2)),
+                compute_ms=np.full(steps, rng.uniform(0.8, 1.2)),
                 residual_bytes=1,
                 errors=errors,
             )
         )
-    full = steps * sum(row.refresh_ms for row in rows)
+    full = float(sum(row.compute_ms.sum() for row in rows))
     problem = ScheduleProblem(
-        sigmas=np.linspace(1, 0, steps + 1),
         units=tuple(rows),
         budget_ms=share * full,
         history=1,
@@ -144,17 +141,12 @@ def reference_stats(count: int, steps: int) -> CalibrationStats:
     )
 
 
-def calibrated(
-    stats: CalibrationStats, share: float, units: tuple[str, ...] = ("groups",)
-) -> ScheduleProblem:
-    """The problem of some statistics at a share of the compute, as published: history 1, gain 1."""
-    priced = price_units(stats, units, "unit")
-    full = stats.num_steps * (float(stats.group_ms.sum()) + stats.rest_ms)
+def calibrated(stats: CalibrationStats, share: float) -> ScheduleProblem:
+    """The problem of some statistics at a share of the compute: groups, as published."""
     problem = ScheduleProblem(
-        sigmas=stats.sigmas,
-        units=tuple(unit.costs for unit in priced),
-        budget_ms=share * full,
-        fixed_ms=0.0 if "step" in units else stats.num_steps * stats.rest_ms,
+        units=price(stats, ("groups",), "published"),
+        budget_ms=share * full_ms(stats),
+        fixed_ms=float(cell_ms(stats)[:, -1].sum()),
         history=1,
     )
     _ = problem.prices
@@ -166,11 +158,12 @@ def shares(count: int) -> list[float]:
     return [float(share) for share in np.linspace(0.35, 0.9, count)]
 
 
-def joint_gaps(stats: CalibrationStats, count: int) -> list[float]:
-    """Certified gaps of dp with the step unit, one pass over the fronts for all budgets."""
-    problem = calibrated(stats, 1.0, ("step", "groups"))
-    budgets = [share * problem.budget_ms for share in shares(count)]
-    return [solution.gap for solution in solve_many(problem, budgets)]
+def gap_of(solution: ScheduleSolution) -> float:
+    """(objective - lower bound) / objective; 1 where nothing is proven."""
+    if solution.objective <= 0:
+        return 0.0
+    bound = solution.lower_bound
+    return 1.0 if bound is None else (solution.objective - bound) / solution.objective
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
@@ -267,8 +260,8 @@ def measure(size: Size, stats: CalibrationStats) -> dict[str, Any]:
         "dp_60_s": seconds(lambda: SOLVERS["dp"](small), repeats),
         "dp_60_peak_mb": peak_mb(lambda: SOLVERS["dp"](small)),
         "dp_120_s": seconds(lambda: SOLVERS["dp"](large), min(3, repeats)),
-        "dp_60_gap": SOLVERS["dp"](small).gap,
-        "dp_120_gap": SOLVERS["dp"](large).gap,
+        "dp_60_gap": gap_of(SOLVERS["dp"](small)),
+        "dp_120_gap": gap_of(SOLVERS["dp"](large)),
     }
     figures["milp"] = against_milp(size)
     figures["milp_over_dp"] = figures["milp"]["milp_s"] / figures["milp"]["dp_s"]
@@ -282,9 +275,6 @@ def measure(size: Size, stats: CalibrationStats) -> dict[str, Any]:
             "median": statistics.median(values),
             "worst": max(values),
         }
-    joint = joint_gaps(stats, size.shares)
-    figures["joint_gap_median"] = statistics.median(joint)
-    figures["joint_gap_worst"] = max(joint)
     figures["growth"] = growth(size)
     return figures
 
@@ -309,10 +299,6 @@ def report(figures: dict[str, Any]) -> str:
             f"  greedy over dp, {kind:<10} ({gap['instances']:>3})     median "
             f"{100 * gap['median']:.1f} %, worst {100 * gap['worst']:.1f} %"
         )
-    lines.append(
-        f"  dp with the step unit, calibrated: certified gap, median "
-        f"{100 * figures['joint_gap_median']:.1f} %, worst {100 * figures['joint_gap_worst']:.1f} %"
-    )
     for name in ("greedy", "dp"):
         for axis in ("steps", "units"):
             times = "  ".join(

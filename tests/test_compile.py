@@ -76,7 +76,10 @@ def test_what_is_predicted_of_any_schedule_is_verified(
     assert found.error == pytest.approx(fit.error, rel=1e-6)
 
 
-@pytest.mark.parametrize("figure", ["speedup", "compute_share", "cache_bytes", "psnr_db", "psnr_median_db", "psnr_worst_db"])
+@pytest.mark.parametrize(
+    "figure",
+    ["speedup", "compute_share", "cache_bytes", "psnr_db", "psnr_median_db", "psnr_worst_db"],
+)
 def test_a_wrong_figure_is_caught(figure: str) -> None:
     stats = random_stats(3)
     plan = compile_plan(stats, 0.5)

@@ -103,14 +103,14 @@ def first_index(scheduler: Any) -> int:
     return int(getattr(scheduler, "_begin_index", None) or 0)
 
 
-def is_placed(scheduler: Any) -> bool:
-    """Whether a scheduler that keeps its index knows where its run starts."""
+def starts_anywhere(scheduler: Any) -> bool:
+    """Whether a scheduler has not been told where its run starts: its first `step` finds out."""
     known = [getattr(scheduler, name, None) for name in ("_step_index", "_begin_index")]
-    return known != [None, None]
+    return hasattr(scheduler, "_step_index") and known == [None, None]
 
 
-def rewind(scheduler: Any) -> None:
-    """Put a scheduler at the start of its schedule."""
+def start_over(scheduler: Any) -> None:
+    """Put a scheduler at the first step of its schedule, also where a run is to begin late."""
     for name, value in (("_step_index", None), ("_begin_index", 0)):
         if hasattr(scheduler, name):
             setattr(scheduler, name, value)

@@ -449,7 +449,7 @@ def test_the_ablation_changes_one_thing_a_row(weights: Path, tmp_path: Path) -> 
 def test_layercache_runs_as_a_user_compiles_it(inputs: Inputs) -> None:
     for entrant in FIELD["layercache"].build(inputs):
         assert isinstance(entrant.method, LayerCache)
-        assert entrant.method.plan.provenance["units"] == ["step", "groups"]
+        assert tuple(entrant.method.plan.asked.units) == ("step", "groups")
     compiled = FIELD["layercache"].build(inputs)
     refined = FIELD["layercache-refined"].build(inputs)
     for before, after in zip(compiled, refined, strict=True):
@@ -459,5 +459,6 @@ def test_layercache_runs_as_a_user_compiles_it(inputs: Inputs) -> None:
     for entrant in FIELD["layercache-published"].build(inputs):
         assert isinstance(entrant.method, LayerCache)
         plan = entrant.method.plan
-        assert plan.provenance["units"] == ["groups"] and plan.certificate.solver == "greedy"
-        assert plan.certificate.gains == "unit" and len(plan.units) == 3
+        assert tuple(plan.asked.units) == ("groups",) and plan.certificate.solver == "greedy"
+        assert plan.asked.predictor == "published"
+        assert sum(unit.kind == "group" for unit in plan.units) == 3
