@@ -30,7 +30,7 @@ def depth_of(plan: Plan) -> int:
 
 
 @pytest.mark.parametrize(
-    ("units", "predictor", "solver"), itertools.product(UNITS, PREDICTORS, SOLVERS)
+    ("units", "predictor", "solver"), list(itertools.product(UNITS, PREDICTORS, SOLVERS))
 )
 def test_every_kind_of_plan_keeps_its_budget_and_round_trips(
     units: tuple[str, ...], predictor: str, solver: str, tmp_path: Path

@@ -218,14 +218,21 @@ def compile_command(
         predictor=predictor,
         max_cache_bytes=max_cache_bytes,
         max_gap=max_gap,
-        forced=[float(step) for step in _listed(forced)],
-        sigmas=[float(sigma) for sigma in _listed(sigmas)] or None,
+        forced=_numbers("--forced", forced),
+        sigmas=_numbers("--sigmas", sigmas) or None,
     )
     hand_out(plan, out, as_json)
 
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _listed(text))
+    except ValueError as error:
+        raise click.UsageError(f"{option} is {text!r}, which is no list of numbers") from error
 
 
 @main.command()
