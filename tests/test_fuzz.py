@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from layercache import CalibrationStats, Plan, compile_plan
 from layercache.cli import main
 from layercache.errors import LayerCacheError, PlanError, StatsError
-from tests.solver.strategies import random_stats
+from tests.prediction.strategies import random_stats
 from tests.strange import SURROGATE, damaged, mutated, texts_of, values
 from tests.test_stats import same
 
