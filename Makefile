@@ -25,7 +25,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict layercache
+	$(BIN)/mypy --strict layercache bench
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -36,14 +36,15 @@ format: setup
 
 # Every method at equal measured speed. Stopped, it goes on where it was.
 bench: setup
-	$(BIN)/layercache bench --results benchmarks
+	$(BIN)/python -m bench --results bench/results
 
 ablation: setup
-	$(BIN)/layercache bench --ablation --results benchmarks
+	$(BIN)/python -m bench --ablation --results bench/results
 
 # Speed and memory of LayerCache's own parts.
 benchmarks: setup
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for part in calibration calibration_plans runtime solver surrogate; do \
+		$(BIN)/python -m bench.$$part || exit 1; done
 
 # plans/schema.json follows from the pydantic model; a test holds the two together.
 schema: setup

@@ -1,1 +1,1 @@
-"""Rivals, benchmark, training and studies of LayerCache. Not part of the installed package."""
+"""Benchmarks, studies and training: what the project measures itself with, not installed."""

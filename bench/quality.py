@@ -135,7 +135,8 @@ def uncached_images(pipe: Any, setting: Setting, path: Path) -> np.ndarray[Any, 
     """Images of the validation prompts without a plan, made where `path` does not hold them."""
     if not path.exists():
         np.save(path, images_of(pipe, setting))
-    return np.load(path)
+    found: np.ndarray[Any, Any] = np.load(path)
+    return found
 
 
 def psnr(images: np.ndarray[Any, Any], references: np.ndarray[Any, Any]) -> list[float]:

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from layercache.cli import main
-from layercache.cli_options import read_prompts
+from layercache.cli._options import read_prompts
 from layercache.plan import Plan
 from layercache.reference.text import WordEncoder
 from layercache.stats import CalibrationStats
@@ -75,7 +75,7 @@ def plan_file(stats_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_help_names_every_command() -> None:
     text = succeeded("--help").stdout
-    commands = "demo calibrate merge compile refine inspect check eval bench"
+    commands = "demo calibrate merge compile refine inspect check eval"
     for name in commands.split():
         assert name in text
         assert "--json" in succeeded(name, "--help").stdout
@@ -393,17 +393,6 @@ def test_demo_does_the_whole_job(
     assert names == plans | pictures | {"stats.npz", "results.json", "report.html"}
     for name in plans:
         Plan.load(out / name)
-
-
-def test_bench_compares_and_goes_on_where_it_stopped(weights: Path, tmp_path: Path) -> None:
-    arguments = ("bench", "--quick", "--methods", "uniform,fewer-steps", "--weights", weights)
-    data = json.loads(succeeded(*arguments, "--out", tmp_path, "--json").stdout)
-    assert {row["method"] for row in data["rows"]} <= {"uniform", "fewer-steps"}
-    assert data["scenarios"][0]["scenario"] == "main" and len(data["scenarios"]) == 1
-    result = succeeded(*arguments, "--out", tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == data["rows"]
-    assert "50 steps, guidance 4" in result.stdout and "open " in result.stderr
-    assert "unknown method 'x'" in failed(1, *arguments[:2], "--methods", "x", "--out", tmp_path)
 
 
 def _write_plan(folder: Path) -> Path:

@@ -16,36 +16,38 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "_json": set(),
     "stats": {"errors", "_json"},
-    "plan_rows": {"errors"},
-    "plan": {"errors", "stats", "plan_rows", "_json"},
+    "_plan_rows": {"errors"},
+    "costs": {"stats", "_plan_rows"},
+    "options": {"errors"},
     "solver": {"errors", "stats"},
-    "options": {"errors", "solver"},
-    "figures": {"errors", "stats", "plan", "solver"},
-    "taps": {"stats", "plan", "solver", "figures"},
-    "compile": {"figures", "errors", "stats", "plan", "solver", "options", "taps"},
+    "plan": {"errors", "stats", "_plan_rows", "costs", "options", "_json"},
+    "prediction": {"errors", "stats", "solver", "costs"},
+    "verify": {"errors", "stats", "plan", "prediction"},
+    "compile": {
+        "errors", "stats", "plan", "solver", "options", "costs", "prediction", "verify",
+    },
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
     "reference": {"errors"},
     "refine": {
-        "errors", "stats", "plan", "solver", "figures", "taps", "models", "calibration", "runtime",
+        "errors", "stats", "plan", "costs", "prediction", "verify", "models", "calibration",
+        "runtime",
     },
     "evaluation": {
         "errors", "stats", "plan", "solver", "options", "compile", "models", "calibration",
         "runtime", "reference", "refine",
     },
-    "cli_options": {"errors", "plan", "reference", "_json"},
-    "cli_running": {"stats", "plan", "evaluation", "refine", "cli_options"},
     "cli": {
-        "errors", "stats", "plan", "compile", "models", "calibration", "evaluation", "cli_options",
-        "cli_running",
+        "errors", "_json", "stats", "plan", "compile", "models", "calibration", "evaluation",
+        "reference", "refine",
     },
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "_json", "stats", "plan_rows", "plan", "solver", "options", "figures", "taps",
-    "compile", "cli", "cli_running", "cli_options", "__init__",
+    "errors", "_json", "stats", "_plan_rows", "costs", "plan", "solver", "options", "prediction",
+    "verify", "compile", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 
@@ -69,6 +71,14 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
+def crosses(path: Path, name: str) -> bool:
+    """Whether a file imports the underscored module of another part of the package."""
+    parts = name.split(".")
+    mine = ["layercache", *path.relative_to(PACKAGE).with_suffix("").parts]
+    hidden = next((i for i, part in enumerate(parts) if part[:1] == "_" and part[:2] != "__"), 0)
+    return hidden > 0 and parts[:hidden] != mine[:hidden]
+
+
 def top_level(tree: ast.Module) -> ast.Module:
     """The statements that run on import, without `if TYPE_CHECKING` blocks."""
     kept = [
@@ -89,8 +99,21 @@ def test_imports_point_one_way(path: Path) -> None:
     part = part_of(path)
     assert part in ALLOWED, f"{part} is new: say here what it may import"
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    used = {name.split(".")[1] for name in imports(tree) if name.startswith("layercache.")}
+    found = imports(tree)
+    used = {name.split(".")[1] for name in found if name.startswith("layercache.")}
     assert used <= ALLOWED[part] | {part}
+    assert not {name.split(".")[0] for name in found} & {"bench", "tests"}, "not installed"
+
+
+# What models hides from users it shares with calibration and the runtime.
+SHARED = {"layercache.models._foreign"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_underscored_modules_are_imported_within_their_part_only(path: Path) -> None:
+    found = imports(ast.parse(path.read_text(encoding="utf-8")))
+    wrong = {name for name in found if name.startswith("layercache.") and crosses(path, name)}
+    assert wrong <= SHARED
 
 
 @pytest.mark.parametrize("part", TORCH_FREE)
@@ -109,7 +132,10 @@ def test_the_solver_imports_only_numpy_and_in_milp_scipy() -> None:
             assert third_party <= ({"numpy", "scipy"} if path.stem == "milp" else {"numpy"})
 
 
-@pytest.mark.parametrize("module", ["layercache", "layercache.compile", "layercache.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["layercache", "layercache.compile", "layercache.cli", "layercache.runtime.executor"],
+)
 def test_importing_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(sorted(set(sys.modules) & {HEAVY!r}) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

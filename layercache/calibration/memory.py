@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from layercache.models._foreign import TorchDispatchMode, storage_key, tree_leaves
 
 
 class PeakMemory:
@@ -96,7 +96,7 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if tensors:
             given = {
-                leaf.untyped_storage()._cdata
+                storage_key(leaf.untyped_storage())
                 for leaf in tree_leaves((args, kwargs))
                 if isinstance(leaf, Tensor)
             }
@@ -106,7 +106,7 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, tensor: Tensor, given: set[int]) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in given or key in self._known or tensor.device.type != self._device.type:
             return
         self._known[key] = storage.nbytes()

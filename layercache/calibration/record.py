@@ -24,6 +24,7 @@ from layercache.calibration.replay import RecordedCall, ReplayableTransformer, S
 from layercache.calibration.scheduler import check_scheduler, run_sigmas
 from layercache.calibration.stage import At, Move, Stage
 from layercache.errors import StatsError
+from layercache.models._foreign import running_index
 from layercache.models.gates import Call
 from layercache.models.stepping import sigmas_of, step_index
 from layercache.models.tensors import tensor_bytes, tensors_in
@@ -298,7 +299,7 @@ class Recorder:
 
     def _end_step(self, step: int, result: Tensor, performer: ReplayableTransformer | None) -> None:
         run, scheduler = self.run, self.stage.pipe.scheduler
-        if step == 0 and getattr(scheduler, "_step_index", None) is not None:
+        if step == 0 and running_index(scheduler) is not None:
             # Some image-to-image loops leave it to the scheduler to find where it starts.
             run.sigmas = sigmas_of(scheduler)[step_index(scheduler) - 1 :]
         last = len(run.sigmas) - 2

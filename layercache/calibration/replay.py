@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from layercache.calibration.timing import Clock, Mark, StepTimes
+from layercache.models._foreign import execution_device
 from layercache.models.adapters import (
     Adapter,
     BlockList,
@@ -299,7 +300,7 @@ class ReplayableTransformer:
 def device_of(module: nn.Module) -> torch.device:
     """Where a model computes."""
     # accelerate's hooks keep the weights of an offloaded model elsewhere and know the device.
-    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    hooked = execution_device(module)
     if hooked is not None:
         return torch.device(hooked)
     parameter = next(module.parameters(), None)

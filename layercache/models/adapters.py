@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layercache.errors import UnsupportedModelError
+from layercache.models._foreign import compiled_from
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,7 @@ def adapter_for(transformer: nn.Module) -> Adapter:
 
 def unwrap(transformer: nn.Module) -> nn.Module:
     """The model itself, also if `torch.compile` wrapped it."""
-    inner = getattr(transformer, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else transformer
+    return compiled_from(transformer) or transformer
 
 
 def blocks_of(transformer: nn.Module, block_list: BlockList) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from layercache.models._foreign import has_adapters, origin_of
 from layercache.models.adapters import adapter_for, blocks_of, unwrap
 from layercache.models.calling import CALL_KEYS
 
@@ -96,10 +97,7 @@ def setting_of(
 
 def _checkpoint(pipe: Any, transformer: nn.Module) -> dict[str, str]:
     """Repository and commit that the weights came from, where they came from the Hub."""
-    names = [
-        str(getattr(owner, "config", {}).get("_name_or_path") or "")
-        for owner in (transformer, pipe)
-    ]
+    names = [origin_of(owner) for owner in (transformer, pipe)]
     for name in names:
         cached = _CACHED.search(name)
         if cached is not None:
@@ -143,7 +141,7 @@ def _plain(value: Any) -> Any:
 
 def _active_adapters(transformer: nn.Module) -> list[str]:
     # `active_adapters` raises without peft and before any adapter is loaded.
-    if not getattr(transformer, "_hf_peft_config_loaded", False):
+    if not has_adapters(transformer):
         return []
     model: Any = transformer
     names = model.active_adapters()

@@ -23,12 +23,18 @@ from typing import Any
 from torch import nn
 
 from layercache.errors import UnsupportedModelError
+from layercache.models._foreign import (
+    CALL_SLOT,
+    compiled_from,
+    hook_references,
+    hook_registry,
+    plain_call,
+)
 
 Call = Callable[..., Any]
 Handler = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
 """(the wrapped call, positional arguments, keyword arguments) to what the module returns."""
 
-_SLOT = "_compiled_call_impl"
 _SPLIT_HOOK = "cp_input"
 
 
@@ -45,11 +51,11 @@ class Gate:
     def __init__(self, module: nn.Module, handler: Handler, streams: Sequence[str] = ()) -> None:
         self.module = module
         self.handler = handler
-        self.inner: Call = module._call_impl
+        self.inner: Call = plain_call(module)
         self._streams = streams
         self._displaced: Call | None = None
         self._slots: dict[str, Any] = vars(module)
-        self._key = _SLOT
+        self._key = CALL_SLOT
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.handler(self.inner, args, kwargs)
@@ -57,7 +63,7 @@ class Gate:
     @property
     def within_split(self) -> bool:
         """Whether this gate sits inside a hook that splits the sequence."""
-        return self._key != _SLOT
+        return self._key != CALL_SLOT
 
     def install(self) -> None:
         """Take the slot, or take it back from a compiled call that was put there since.
@@ -68,11 +74,11 @@ class Gate:
         # Through dictionaries, since torch.compile's wrapper forwards attributes that are set on it
         # to the module inside.
         split = _splitting_reference(self.module, self._streams)
-        slots, key = (vars(self.module), _SLOT) if split is None else (vars(split), "forward")
+        slots, key = (vars(self.module), CALL_SLOT) if split is None else (vars(split), "forward")
         if slots is not self._slots:
             self.remove()
             self._slots, self._key = slots, key
-        if self.within_split and vars(self.module).get(_SLOT) is not None:
+        if self.within_split and vars(self.module).get(CALL_SLOT) is not None:
             raise UnsupportedModelError(
                 f"a {type(self.module).__name__} is compiled and context parallelism splits the "
                 "sequence in it, so that a plan cannot skip it: leave this block uncompiled "
@@ -82,7 +88,7 @@ class Gate:
         if current is self:
             return
         self._displaced = current
-        self.inner = current if current is not None else self.module._call_impl
+        self.inner = current if current is not None else plain_call(self.module)
         slots[key] = self
 
     def replace(self, inner: Call) -> None:
@@ -102,9 +108,9 @@ class Gate:
 
 def gate_of(module: nn.Module) -> Gate | None:
     """The gate on a module, if there is one."""
-    registry: Any = getattr(module, "_diffusers_hook", None)
-    inside = [vars(reference).get("forward") for reference in getattr(registry, "_fn_refs", ())]
-    for candidate in (vars(module).get(_SLOT), *inside):
+    references = hook_references(hook_registry(module))
+    inside = [vars(reference).get("forward") for reference in references]
+    for candidate in (vars(module).get(CALL_SLOT), *inside):
         if isinstance(candidate, Gate):
             return candidate
     return None
@@ -112,9 +118,9 @@ def gate_of(module: nn.Module) -> Gate | None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` or `Module.compile` was applied to this very module."""
-    if hasattr(module, "_orig_mod"):
+    if compiled_from(module) is not None:
         return True
-    current = vars(module).get(_SLOT)
+    current = vars(module).get(CALL_SLOT)
     return (current._displaced if isinstance(current, Gate) else current) is not None
 
 
@@ -125,7 +131,7 @@ def splits_sequence(module: nn.Module, streams: Sequence[str]) -> bool:
 
 def _splitting_reference(module: nn.Module, streams: Sequence[str]) -> Any:
     """What holds the function that a sequence-splitting hook calls, if one splits a stream."""
-    registry: Any = getattr(module, "_diffusers_hook", None)
+    registry = hook_registry(module)
     if registry is None or not streams:
         return None
     for name, hook in registry.hooks.items():

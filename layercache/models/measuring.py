@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layercache.errors import UnsupportedModelError
+from layercache.models._foreign import changes_of
 from layercache.models.adapters import BlockList, check_shapes, read_outputs, read_streams
 from layercache.models.gates import Call
 from layercache.models.tensors import finite
@@ -52,11 +53,11 @@ class ResidualMeter:
         elif not self._continues(streams):
             self._close()
             self._segment = streams
-        versions = {name: _version(tensor) for name, tensor in streams.items()}
+        versions = {name: changes_of(tensor) for name, tensor in streams.items()}
         output = inner(*args, **kwargs)
         self.outputs = read_outputs(self._block_list, output)
         self._check(block, streams, versions)
-        self._versions = {name: _version(tensor) for name, tensor in self.outputs.items()}
+        self._versions = {name: changes_of(tensor) for name, tensor in self.outputs.items()}
         if self._block_list.in_place or None in self._versions.values():
             self._close()
         return output
@@ -70,7 +71,7 @@ class ResidualMeter:
         """Whether a block's inputs are the outputs of the block before, unchanged."""
         for name, tensor in self.outputs.items():
             given = streams.get(name)
-            if given is tensor and _version(given) != self._versions[name]:
+            if given is tensor and changes_of(given) != self._versions[name]:
                 raise UnsupportedModelError(
                     f"something wrote into the output {name!r} of a block of "
                     f"{self._block_list.name!r} before the next block ran: declare the list with "
@@ -83,7 +84,7 @@ class ResidualMeter:
     def _check(self, block: nn.Module, streams: Streams, versions: dict[str, int | None]) -> None:
         check_shapes(block, streams, self.outputs)
         for name, version in versions.items():
-            if _version(streams[name]) != version:
+            if changes_of(streams[name]) != version:
                 raise UnsupportedModelError(
                     f"{type(block).__name__} writes into its own input {name!r}, so the group's "
                     "residual cannot be measured: such a model is not supported"
@@ -101,8 +102,3 @@ class ResidualMeter:
             # The last block no longer returns this stream, so nobody reads it from here on.
             del self._sum[name]
         self._segment = None
-
-
-def _version(tensor: Tensor) -> int | None:
-    # Tensors made under inference_mode do not count their changes.
-    return None if tensor.is_inference() else tensor._version

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layercache.models._foreign import modular_blocks
+
 _OUTPUTS = ("images", "videos", "frames", "latents")
 """Names under which a modular pipeline leaves what it made, the most finished first."""
 
@@ -77,7 +79,7 @@ def _makes_videos(pipe: Any) -> bool:
 def _modular_output(pipe: Any, call: dict[str, Any]) -> Any:
     asked = call.pop("output", None)
     # A modular pipeline warns of arguments that none of its blocks takes.
-    if all(parameter.name != "output_type" for parameter in pipe._blocks.inputs):
+    if all(parameter.name != "output_type" for parameter in modular_blocks(pipe).inputs):
         del call["output_type"]
     state = pipe(**call)
     if asked is not None:

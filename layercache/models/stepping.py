@@ -7,16 +7,19 @@ after guidance of whatever kind. Only the instance is patched, and the patch is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layercache.models._foreign import first_index, running_index, start_over
 from layercache.models.patching import wrap_method
 
 _EULER = 1e-4
+# The first step of every solver is Euler's; those that lean on steps before do so from the second.
+_TRIED = 4
 
 StepFunction = Callable[[int, Tensor, Tensor], Tensor | None]
 """(step index, guided model output, sample before the step) to the output that is to be used.
@@ -57,19 +60,11 @@ class _Unmoved(tuple[Tensor]):
 def step_index(scheduler: Any) -> int:
     """Index into `scheduler.sigmas` of the step under way or, between steps, of the next one.
 
-    diffusers leaves `_step_index` unset until the first `step` of a run; until then the run starts
+    diffusers leaves the index unset until the first `step` of a run; until then the run starts
     at `begin_index` (set by image-to-image pipelines) or at 0.
     """
-    index = getattr(scheduler, "_step_index", None)
-    if index is None:
-        index = getattr(scheduler, "_begin_index", None) or 0
-    return int(index)
-
-
-def starts_anywhere(scheduler: Any) -> bool:
-    """Whether the scheduler has not been told where its run starts: its first `step` finds out."""
-    known = [getattr(scheduler, name, None) for name in ("_step_index", "_begin_index")]
-    return hasattr(scheduler, "_step_index") and known == [None, None]
+    index = running_index(scheduler)
+    return first_index(scheduler) if index is None else index
 
 
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:
@@ -143,34 +138,56 @@ def tap_step(
     return wrap_method(scheduler, "step", step)
 
 
-def solver_of(scheduler: Any) -> str:
-    """How a scheduler moves the latent: `"euler"`, `"noisy"` or `"other"`.
+def walk(
+    scheduler: Any, velocities: Sequence[Tensor], sample: Tensor
+) -> tuple[list[Tensor], bool] | None:
+    """Let a copy of a scheduler take the first steps of the schedule that is set.
 
-    Found out on a copy, which steps through the schedule that is set on a handful of numbers:
-    `"euler"` moves by (sigma_{t+1} - sigma_t) v_t, `"noisy"` draws random numbers. One that cannot
-    be tried out like that counts as Euler's, which is left to itself.
+    Args:
+        scheduler: With timesteps set; it is not changed, nor is any random state.
+        velocities: The model outputs, one a step.
+        sample: Where to start, on the CPU.
+
+    Returns:
+        The sample after each step, and whether random numbers were drawn; None for a scheduler that
+        wants more than every pipeline gives it.
     """
     trial = copy.deepcopy(scheduler)
-    generator = torch.Generator().manual_seed(0)
-    solver = "euler"
+    samples = []
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
         try:
             for name in ("sigmas", "timesteps"):
                 setattr(trial, name, getattr(trial, name).cpu())
-            # From the start, also where the run is to begin late.
-            for name, value in (("_step_index", None), ("_begin_index", 0)):
-                if hasattr(trial, name):
-                    setattr(trial, name, value)
-            sigmas = trial.sigmas.tolist()
-            sample = torch.randn(1, 4, 2, 2, generator=generator)
-            for index, timestep in enumerate(trial.timesteps):
-                velocity = torch.randn(sample.shape, generator=generator)
-                expected = sample + (sigmas[index + 1] - sigmas[index]) * velocity
+            start_over(trial)
+            for velocity, timestep in zip(velocities, trial.timesteps, strict=False):
                 # Of the class, since what was put on an instance may act on another one.
                 sample = moved_sample(type(trial).step(trial, velocity, timestep, sample))
-                if not torch.allclose(sample, expected, atol=_EULER):
-                    solver = "other"
+                samples.append(sample)
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
-            return "euler"
-        return solver if torch.equal(before, torch.get_rng_state()) else "noisy"
+            return None
+        return samples, not torch.equal(before, torch.get_rng_state())
+
+
+def solver_of(scheduler: Any) -> str:
+    """How a scheduler moves the latent: `"euler"`, `"noisy"` or `"other"`.
+
+    Found out on a few steps with a handful of numbers: `"euler"` moves by (sigma_{t+1} - sigma_t)
+    v_t, `"noisy"` draws random numbers. One that cannot be tried out like that counts as Euler's,
+    which is left to itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sample, *velocities = torch.randn(1 + _TRIED, 1, 4, 2, 2, generator=generator)
+    walked = walk(scheduler, velocities, sample)
+    if walked is None:
+        return "euler"
+    samples, drawn = walked
+    if drawn:
+        return "noisy"
+    sigmas = scheduler.sigmas.tolist()
+    for index, reached in enumerate(samples):
+        expected = sample + (sigmas[index + 1] - sigmas[index]) * velocities[index]
+        if not torch.allclose(reached, expected, atol=_EULER):
+            return "other"
+        sample = reached
+    return "euler"

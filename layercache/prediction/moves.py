@@ -196,9 +196,7 @@ class Table:
             moved[step, 1 + group] = False
         return moved
 
-    def _filled(
-        self, computed: BoolArray, budget_ms: float, rng: np.random.Generator
-    ) -> BoolArray:
+    def _filled(self, computed: BoolArray, budget_ms: float, rng: np.random.Generator) -> BoolArray:
         """Random cached groups computed for as long as they fit."""
         room = budget_ms - self.spent(computed)
         columns = [1 + group for group in self.groups]

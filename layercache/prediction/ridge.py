@@ -75,9 +75,7 @@ class LeastSquares:
         found: Array = np.zeros(len(self.prior))
         least = np.inf
         for _ in range(_ROUNDS):
-            tried = {
-                ridge: self._score(self.solve(others * weights, ridge)) for ridge in RIDGES
-            }
+            tried = {ridge: self._score(self.solve(others * weights, ridge)) for ridge in RIDGES}
             ridge = min(tried, key=tried.__getitem__)
             least = tried[ridge]
             (found,) = self.solve(everyone * weights, ridge)

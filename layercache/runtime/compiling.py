@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layercache.models._foreign import plain_call
 from layercache.models.adapters import adapter_for, blocks_of
 from layercache.models.gates import gate_of
 
@@ -43,6 +44,6 @@ def compile_blocks(transformer: nn.Module, **options: Any) -> int:
             elif gate.within_split:
                 continue
             else:
-                gate.replace(torch.compile(block._call_impl, **options))
+                gate.replace(torch.compile(plain_call(block), **options))
             count += 1
     return count

@@ -8,9 +8,10 @@ offload group also holds a block that is computed: then the skipped block still 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import nn
+
+from layercache.models._foreign import hook_registry
 
 Transfers = dict[int, Callable[[], None]]
 """Position in the block list to what a skip of that block still has to do."""
@@ -30,7 +31,7 @@ def shared_transfers(blocks: Sequence[nn.Module], first: int, stop: int) -> Tran
     found: Transfers = {}
     for position in range(first, stop):
         block = blocks[position]
-        registry: Any = getattr(block, "_diffusers_hook", None)
+        registry = hook_registry(block)
         hook = registry.get_hook(_HOOK) if registry is not None else None
         if hook is None or all(id(module) in inside for module in hook.group.modules):
             continue

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from layercache.models.stepping import sigmas_of, starts_anywhere, step_index
+from layercache.models._foreign import counts_steps, starts_anywhere
+from layercache.models.stepping import sigmas_of, step_index
 from layercache.runtime.groups import Branch
 
 SIGMA_TOLERANCE = 1e-4
@@ -51,7 +52,7 @@ class Position:
         index = self._index(begins, told)
         # Some schedulers keep their sigmas from one run to the next.
         begins = begins or index + self.offset < self.step
-        if not hasattr(scheduler, "_step_index") and told is None and index >= len(sigmas) - 1:
+        if not counts_steps(scheduler) and told is None and index >= len(sigmas) - 1:
             # Nothing but the count of its steps tells where such a scheduler stands.
             begins, index = True, 0
         if index >= len(sigmas) - 1:
@@ -89,7 +90,7 @@ class Position:
         if self.offset < 0 and starts_anywhere(self._scheduler):
             # A plan of the schedule's end starts there, until the scheduler has found out.
             return -self.offset
-        if hasattr(self._scheduler, "_step_index"):
+        if counts_steps(self._scheduler):
             return step_index(self._scheduler)
         if told is not None:
             return told

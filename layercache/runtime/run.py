@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
+from layercache.models._foreign import CALL_SLOT
 from layercache.models.adapters import Adapter, blocks_of, unwrap
 from layercache.models.calling import calling_pipeline
 from layercache.models.gates import Call, Gate, Handler, is_compiled
@@ -289,7 +290,7 @@ class PlanRun:
 
     def check_root(self) -> None:
         """`torch.compile` of the whole transformer takes the place of the gate at its root."""
-        if vars(self.transformer).get("_compiled_call_impl") is self._root:
+        if vars(self.transformer).get(CALL_SLOT) is self._root:
             return
         if self.plan.groups and is_compiled(self.transformer):
             raise UnsupportedModelError(

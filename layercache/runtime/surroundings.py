@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
+from layercache.models._foreign import modular_blocks
+
 # Methods after which stored tensors belong to another model: of the transformer (diffusers' PEFT
 # mixin) and of the pipeline.
 MODEL_CHANGES = (
@@ -92,7 +94,7 @@ class Loops:
 def loop_owners(pipe: Any) -> Iterator[Any]:
     """What has the progress bars of a pipeline: itself, or the loop blocks of a modular one."""
     # `pipe.blocks` of a modular pipeline is a copy.
-    waiting = [pipe, getattr(pipe, "_blocks", None)]
+    waiting = [pipe, modular_blocks(pipe)]
     while waiting:
         owner = waiting.pop()
         if hasattr(owner, "progress_bar"):

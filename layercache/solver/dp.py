@@ -170,9 +170,7 @@ class DynamicProgramme:
             weights = [self._weigh(unit.compute_ms[run]) for unit in units]
             # Units of equal weights, and of equal tables, share one pass.
             shared: dict[tuple[bytes, tuple[int, ...]], list[int]] = {}
-            tables = [
-                compress(self.problem.prices[group], run) for group in self.problem.groups
-            ]
+            tables = [compress(self.problem.prices[group], run) for group in self.problem.groups]
             for row, (weight, table) in enumerate(zip(weights, tables, strict=True)):
                 shared.setdefault((weight.parts.tobytes(), table.shape), []).append(row)
             found: dict[int, _GroupFront] = {}

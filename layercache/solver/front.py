@@ -143,6 +143,8 @@ def _segments(prices: FloatArray, anchor: int, gaps: int) -> FloatArray:
         cells = prices[:, anchor + 1 + lag, lag]
         options = np.repeat(cells[:, :, :1], gaps + 1, axis=2)
         near = min(columns - 1, gaps)
-        options[:, :, 1 : near + 1] = np.minimum(options[:, :, 1 : near + 1], cells[:, :, 1 : near + 1])
+        options[:, :, 1 : near + 1] = np.minimum(
+            options[:, :, 1 : near + 1], cells[:, :, 1 : near + 1]
+        )
         np.cumsum(options, axis=1, out=totals[:, 1 : count + 1])
     return totals

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layercache.errors import ModelMismatchError, StatsError
-from layercache.stats.file import read_archive, write_archive, write_atomically
-from layercache.stats.validation import ARRAYS, SHARED, check_stats
+from layercache.stats._file import read_archive, write_archive, write_atomically
+from layercache.stats._validation import ARRAYS, SHARED, check_stats
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.comparison.lpips import load_lpips
 from layercache.errors import LayerCacheError
-from layercache.evaluation.lpips import load_lpips
 from layercache.evaluation.metrics import (
     PSNR_CEILING_DB,
     fidelity,

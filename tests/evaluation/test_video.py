@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bench.comparison.lpips import Lpips
 from layercache.errors import LayerCacheError
 from layercache.evaluation.evaluate import evaluate_plan
 from layercache.evaluation.frames import as_tensor
-from layercache.evaluation.lpips import Lpips
 from layercache.evaluation.metrics import (
     fidelity,
     latent_psnr,

@@ -13,7 +13,13 @@ from tests.solver.strategies import random_problem
 def row(name: str, prices: list[float], ms: float = 1.0) -> UnitCosts:
     """Reuse of the step before alone, at the given prices."""
     errors = np.array(prices, dtype=float)[:, None, None]
-    return UnitCosts(name=name, kind="group", compute_ms=np.full(len(prices), ms), residual_bytes=1, errors=errors)
+    return UnitCosts(
+        name=name,
+        kind="group",
+        compute_ms=np.full(len(prices), ms),
+        residual_bytes=1,
+        errors=errors,
+    )
 
 
 def problem(*units: UnitCosts, budget: float) -> ScheduleProblem:
@@ -47,18 +53,22 @@ def test_a_dead_end_is_said_and_dp_finds_a_way() -> None:
 
 def test_it_skips_whole_steps_where_that_is_cheap() -> None:
     errors = np.full((6, 5, 1), 0.01)
-    step = UnitCosts(name="step", kind="step", compute_ms=np.ones(6), residual_bytes=1, errors=errors)
-    group = UnitCosts(name="g", kind="group", compute_ms=np.ones(6), residual_bytes=1, errors=errors * 1e3)
-    solution = SOLVERS["greedy"](
-        ScheduleProblem(units=(step, group), budget_ms=6.0)
+    step = UnitCosts(
+        name="step", kind="step", compute_ms=np.ones(6), residual_bytes=1, errors=errors
     )
+    group = UnitCosts(
+        name="g", kind="group", compute_ms=np.ones(6), residual_bytes=1, errors=errors * 1e3
+    )
+    solution = SOLVERS["greedy"](ScheduleProblem(units=(step, group), budget_ms=6.0))
     assert solution.computed.sum(axis=0).tolist() == [3, 3]
     assert (solution.computed[:, 0] == solution.computed[:, 1]).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_its_cost_is_the_one_that_it_counted(seed: int) -> None:
-    tight = random_problem(seed, steps=8, groups=3, step_unit=bool(seed % 2), share=0.7, lags=6, loads=bool(seed // 4))
+    tight = random_problem(
+        seed, steps=8, groups=3, step_unit=bool(seed % 2), share=0.7, lags=6, loads=bool(seed // 4)
+    )
     try:
         solution = SOLVERS["greedy"](tight)
     except BudgetError:

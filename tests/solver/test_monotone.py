@@ -76,9 +76,7 @@ def test_a_unit_that_may_be_cached_is_never_worse_than_one_that_may_not(
     rest = problem.units[:-1]
     if not rest:
         return
-    always = replace(
-        problem, units=rest, fixed_ms=problem.fixed_ms + float(last.compute_ms.sum())
-    )
+    always = replace(problem, units=rest, fixed_ms=problem.fixed_ms + float(last.compute_ms.sum()))
     assert objective(problem) <= objective(always)
 
 

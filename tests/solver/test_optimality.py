@@ -102,9 +102,7 @@ def test_solutions_keep_to_every_limit(problem: ScheduleProblem) -> None:
 @pytest.mark.parametrize("history", [0, 1])
 def test_fronts_are_brute_force_for_every_cost(history: int, loads: bool) -> None:
     for seed in range(6):
-        problem = random_problem(
-            seed, steps=7, groups=2, history=history, holes=0.1, loads=loads
-        )
+        problem = random_problem(seed, steps=7, groups=2, history=history, holes=0.1, loads=loads)
         for prices, unit in zip(problem.prices, problem.units, strict=True):
             weights = weigh(unit.compute_ms)
             assert weights.exact

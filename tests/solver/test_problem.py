@@ -9,6 +9,7 @@ import pytest
 
 from layercache.solver import SOLVERS, ProblemError, ScheduleProblem, UnitCosts
 
+
 def costs(**changes: Any) -> UnitCosts:
     arguments: dict[str, Any] = {
         "name": "g",
@@ -46,7 +47,10 @@ def test_malformed_units_are_refused(changes: dict[str, Any], message: str) -> N
     ("changes", "message"),
     [
         ({"units": ()}, "at least one unit"),
-        ({"units": (costs(), costs(name="h", errors=np.ones((2, 1, 1)), compute_ms=np.ones(2)))}, "h.*2 steps"),
+        (
+            {"units": (costs(), costs(name="h", errors=np.ones((2, 1, 1)), compute_ms=np.ones(2)))},
+            "h.*2 steps",
+        ),
         ({"units": (costs(), costs())}, "'g', 'g'"),
         ({"units": (costs(kind="step"), costs(name="h", kind="step"))}, "more than one step unit"),
         ({"history": 2}, "history is 2"),

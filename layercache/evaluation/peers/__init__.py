@@ -1,17 +1,10 @@
-"""Methods that plans are measured against, each in a short file that cites its source."""
+"""The rivals that the demo shows, each in a short file that cites its source.
 
-from layercache.evaluation.peers.dpcache import DPCache
+Those of the benchmark are in `bench/peers`, which is not installed.
+"""
+
 from layercache.evaluation.peers.fewer_steps import FewerSteps
 from layercache.evaluation.peers.meancache import MeanCache, mean_cache_schedules
-from layercache.evaluation.peers.nonstationary import NonStationary, fit_nonstationary
 from layercache.evaluation.peers.uniform import Uniform
 
-__all__ = [
-    "DPCache",
-    "FewerSteps",
-    "MeanCache",
-    "NonStationary",
-    "Uniform",
-    "fit_nonstationary",
-    "mean_cache_schedules",
-]
+__all__ = ["FewerSteps", "MeanCache", "Uniform", "mean_cache_schedules"]

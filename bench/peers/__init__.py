@@ -1,0 +1,1 @@
+"""Rivals of the benchmark, each in a short file that cites its source."""

@@ -1,0 +1,1 @@
+"""Training of the reference model that ships with the package."""

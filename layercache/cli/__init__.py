@@ -1,0 +1,5 @@
+"""The `layercache` command."""
+
+from layercache.cli._commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,312 @@
+"""The `layercache` command. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a plan or statistics belong to another model,
+4 a quality gate failed. Libraries are imported inside the commands, so that `inspect`, `merge` and
+`compile` work, and start fast, without torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from layercache.cli._options import (
+    FILE_OR_FOLDER,
+    FOLDER,
+    PATH,
+    Commands,
+    expand_folders,
+    hand_out,
+    json_option,
+    load_pipe,
+    log,
+    parse_budget,
+    parse_shard,
+    parse_size,
+    pipe_options,
+    print_json,
+    progress,
+    read_prompts,
+    remove_parts,
+)
+from layercache.cli._running import evaluate, refine
+from layercache.options import PREDICTORS, SOLVERS
+from layercache.plan import Budget, Plan
+from layercache.stats import CalibrationStats, merge_all
+
+N = TypeVar("N", int, float)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="layercache-flow", prog_name="layercache")
+def main() -> None:
+    """Calibrate a flow-matching model once, compile a caching plan for any budget, and run it."""
+
+
+for _command in (refine, evaluate):
+    main.add_command(_command)
+
+
+@main.command()
+@click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder to write.")
+@click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights.")
+@json_option
+def demo(out: Path, weights: Path | None, as_json: bool) -> None:
+    """Do the whole job on the shipped reference model, and compare it with other methods."""
+    from layercache.evaluation.demo import run_demo
+
+    result = run_demo(out, weights=weights, log=log, progress=progress())
+    if as_json:
+        print_json(result.comparison.to_dict() | {"files": [str(f) for f in result.files]})
+        return
+    click.echo(result.comparison.table())
+    click.echo(f"\nwrote {', '.join(file.name for file in result.files)} to {out}/")
+    log(f"took {result.seconds:.0f} s; open {out / 'report.html'}")
+
+
+@main.command()
+@pipe_options
+@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
+@click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
+@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option(
+    "--groups",
+    default="4",
+    show_default=True,
+    help='A number, "blocks" (one a block), ranges such as "0:4,4:28,28:32", "auto" or "auto:N".',
+)
+@click.option("--lags", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(["replay", "residual"]),
+    default="replay",
+    show_default=True,
+    help="Measure velocity deltas, or let residuals stand in for them (quick).",
+)
+@click.option(
+    "--probes",
+    type=click.IntRange(min=0),
+    help="Perturbed runs a batch that measure how errors grow.  [default: 6, residual mode: 0]",
+)
+@click.option("--max-memory", callback=parse_size, help="Bytes above the model, such as 12GB.")
+@click.option("--shard", callback=parse_shard, help="i/n: only the i-th (from 0) of n parts.")
+@click.option("--parts", type=FOLDER, help="Folder of finished prompts; default: OUT.parts.")
+@click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
+@json_option
+def calibrate(
+    pipe_name: str,
+    weights: Path | None,
+    device: str | None,
+    dtype: str,
+    call_kwargs: dict[str, Any],
+    prompt_file: Path | None,
+    count: int | None,
+    steps: int,
+    groups: str,
+    lags: int,
+    seed: int,
+    batch_size: int,
+    mode: str,
+    probes: int | None,
+    max_memory: int | None,
+    shard: tuple[int, int] | None,
+    parts: Path | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Measure a model; one statistics file serves every later budget.
+
+    Every prompt is kept in a folder as soon as it is measured, and a run that was killed goes on
+    where it stopped. Under `torchrun` or `accelerate launch` the processes share the prompts. With
+    --shard nothing but the folder is written: `layercache merge FOLDER` joins it.
+    """
+    from layercache.calibration import calibrate as run
+    from layercache.calibration.sharding import is_main_process, local_device
+
+    prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
+    place = device or local_device()
+    pipe, arguments = load_pipe(pipe_name, weights, place, dtype, call_kwargs)
+    folder = parts or out.with_name(f"{out.name}.parts")
+    main_process = is_main_process()
+    stats = run(
+        pipe,
+        prompts,
+        num_inference_steps=steps,
+        groups=groups,
+        lags=lags,
+        seed=seed,
+        batch_size=batch_size,
+        mode=mode,
+        probes=probes,
+        max_memory=max_memory,
+        shard=shard,
+        parts=folder,
+        call_kwargs=arguments,
+        progress=progress(),
+        log=log if main_process else lambda text: None,
+    )
+    if not main_process:
+        return
+    if shard is not None:
+        _print_stats(stats, as_json, folder)
+        return
+    stats.save(out)
+    if parts is None:
+        remove_parts(folder, stats.prompt_ids)
+    _print_stats(stats, as_json, out)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=FILE_OR_FOLDER)
+@click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
+@json_option
+def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Join statistics of the same model and setting from several runs or machines.
+
+    A folder stands for all statistics files in it.
+    """
+    stats = merge_all([CalibrationStats.load(file) for file in expand_folders(files)])
+    stats.save(out)
+    _print_stats(stats, as_json, out)
+
+
+@main.command("compile")
+@click.argument("stats_file", type=PATH)
+@click.option(
+    "--budget",
+    callback=parse_budget,
+    required=True,
+    help='A speedup such as "1.37x", or a share of the compute such as 0.73.',
+)
+@click.option("--solver", type=click.Choice(SOLVERS), default="search", show_default=True)
+@click.option(
+    "--units",
+    default="step,groups",
+    show_default=True,
+    help="What may be cached: step, groups, or both with a comma.",
+)
+@click.option("--predictor", type=click.Choice(PREDICTORS), default="fitted", show_default=True)
+@click.option("--max-cache-bytes", type=click.IntRange(min=0), help="Limit for one image.")
+@click.option("--max-gap", type=click.IntRange(min=0), help="Most steps from a cached cell back.")
+@click.option("--forced", default="", help="Steps that are computed, with commas.")
+@click.option("--sigmas", default="", help="T+1 noise levels to compile for, with commas.")
+@click.option("--out", type=PATH, default=Path("plan.json"), show_default=True)
+@json_option
+def compile_command(
+    stats_file: Path,
+    budget: Budget,
+    solver: str,
+    units: str,
+    predictor: str,
+    max_cache_bytes: int | None,
+    max_gap: int | None,
+    forced: str,
+    sigmas: str,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Compile a plan for a budget from a statistics file. Needs no torch and no GPU."""
+    from layercache.compile import compile_plan
+
+    plan = compile_plan(
+        CalibrationStats.load(stats_file),
+        budget,
+        solver=solver,
+        units=_listed(units),
+        predictor=predictor,
+        max_cache_bytes=max_cache_bytes,
+        max_gap=max_gap,
+        forced=_numbers("forced", forced, int),
+        sigmas=_numbers("sigmas", sigmas, float) or None,
+    )
+    hand_out(plan, out, as_json)
+
+
+def _numbers(name: str, text: str, kind: type[N]) -> list[N]:
+    try:
+        return [kind(part) for part in _listed(text)]
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is no list of numbers such as 0,8", param_hint=f"--{name}"
+        ) from None
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@main.command()
+@click.argument("file", type=PATH)
+@json_option
+def inspect(file: Path, as_json: bool) -> None:
+    """Show a plan or a statistics file."""
+    with open(file, "rb") as stream:
+        is_archive = stream.read(2) == b"PK"
+    if is_archive:
+        _print_stats(CalibrationStats.load(file), as_json, file)
+        return
+    plan = Plan.load(file)
+    if as_json:
+        print_json({"file": str(file), "plan": plan.to_dict()})
+    else:
+        click.echo(plan.summary())
+
+
+@main.command()
+@click.argument("plan_file", type=PATH)
+@click.option("--stats", "stats_file", type=PATH, help="Check against statistics instead.")
+@pipe_options
+@json_option
+def check(
+    plan_file: Path,
+    stats_file: Path | None,
+    pipe_name: str,
+    weights: Path | None,
+    device: str | None,
+    dtype: str,
+    call_kwargs: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Say whether a plan fits a model; exit code 3 where it does not."""
+    plan = Plan.load(plan_file)
+    if stats_file is not None:
+        stats = CalibrationStats.load(stats_file)
+        warnings = plan.check(stats.model, stats.setting)
+    else:
+        from layercache.models.fingerprint import model_fingerprint, setting_of
+
+        pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
+        arguments = {"num_inference_steps": plan.num_steps} | arguments
+        warnings = plan.check(model_fingerprint(pipe.transformer), setting_of(pipe, arguments))
+    if as_json:
+        print_json({"fits": True, "warnings": warnings})
+        return
+    click.echo(f"{plan_file} fits {plan.model.class_name}")
+    for warning in warnings:
+        click.echo(f"warning: {warning}")
+
+
+def _print_stats(stats: CalibrationStats, as_json: bool, file: Path) -> None:
+    if not as_json:
+        click.echo(stats.summary())
+        log(f"file: {file}")
+        return
+    print_json(
+        {
+            "file": str(file),
+            "mode": stats.mode,
+            "prompts": stats.num_prompts,
+            "steps": stats.num_steps,
+            "groups": [group.name for group in stats.groups],
+            "lags": stats.max_lag,
+            "group_ms": stats.group_ms.tolist(),
+            "rest_ms": stats.rest_ms,
+            "overhead_ms": stats.overhead_ms,
+            "model": stats.model,
+            "setting": stats.setting,
+        }
+    )

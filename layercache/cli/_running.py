@@ -1,0 +1,129 @@
+"""Commands that run a model under plans: `refine` and `eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from layercache.cli._options import (
+    FOLDER,
+    PATH,
+    GateFailed,
+    hand_out,
+    json_option,
+    load_pipe,
+    log,
+    pipe_options,
+    print_json,
+    progress,
+    read_prompts,
+)
+from layercache.plan import Plan
+from layercache.stats import CalibrationStats
+
+
+@click.command()
+@click.argument("plan_file", type=PATH)
+@click.option(
+    "--stats", "stats_file", type=PATH, required=True, help="What the plan was compiled from."
+)
+@pipe_options
+@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
+@click.option("--count", type=click.IntRange(min=2), help="Use only the first prompts.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=PATH, default=Path("plan.json"), show_default=True)
+@json_option
+def refine(
+    plan_file: Path,
+    stats_file: Path,
+    pipe_name: str,
+    weights: Path | None,
+    device: str | None,
+    dtype: str,
+    call_kwargs: dict[str, Any],
+    prompt_file: Path | None,
+    count: int | None,
+    seed: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Fit a plan's coefficients again while it runs; can pay at 4x and above."""
+    from layercache.refine import refine_plan
+
+    prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
+    pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
+    plan = refine_plan(
+        pipe,
+        Plan.load(plan_file),
+        CalibrationStats.load(stats_file),
+        prompts,
+        seed=seed,
+        call_kwargs=arguments,
+        log=log,
+    )
+    hand_out(plan, out, as_json)
+
+
+@click.command("eval")
+@click.argument("plan_file", type=PATH)
+@pipe_options
+@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
+@click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
+@click.option("--seed", default=2, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--min-psnr", type=float, help="Exit with 4 if the mean PSNR in dB is lower.")
+@click.option("--min-speedup", type=float, help="Exit with 4 if the measured speedup is lower.")
+@click.option("--out", type=FOLDER, help="Also write pictures, results.json and report.html there.")
+@json_option
+def evaluate(
+    plan_file: Path,
+    pipe_name: str,
+    weights: Path | None,
+    device: str | None,
+    dtype: str,
+    call_kwargs: dict[str, Any],
+    prompt_file: Path | None,
+    count: int | None,
+    seed: int,
+    batch_size: int,
+    repeats: int,
+    min_psnr: float | None,
+    min_speedup: float | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure a plan's speed and fidelity beside two controls: uniform skipping, fewer steps."""
+    from layercache.evaluation.evaluate import evaluate_plan
+
+    plan = Plan.load(plan_file)
+    prompts = read_prompts(prompt_file, pipe_name, "held-out", count or 16, limit=count)
+    pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
+    comparison = evaluate_plan(
+        pipe,
+        plan,
+        prompts,
+        call_kwargs=arguments,
+        seed=seed,
+        batch_size=batch_size,
+        repeats=repeats,
+        out=out,
+        progress=progress(),
+    )
+    row = comparison.rows[0]
+    failures = [
+        f"{label} is {value:.2f}{unit}, below the gate of {gate:.2f}{unit}"
+        for label, value, gate, unit in (
+            ("mean PSNR", row.psnr_mean, min_psnr, " dB"),
+            ("measured speedup", row.speedup_measured, min_speedup, "x"),
+        )
+        if gate is not None and value < gate
+    ]
+    if as_json:
+        print_json(comparison.to_dict() | {"gate_failures": failures})
+    else:
+        click.echo(comparison.table())
+    if failures:
+        raise GateFailed("; ".join(failures))
