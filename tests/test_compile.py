@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layercache.figures import restate
+from layercache.solver.multistep import DEPTH
+from layercache.solver.verify import Row, Rules, VerificationError, verify
 
 from layercache import Budget, BudgetError, CalibrationStats, LayerCacheError, Plan, compile_plan
 from layercache.compile import pareto
 from layercache.errors import StatsError
-from layercache.figures import restate
 from layercache.options import Options
 from layercache.plan import IDLE, REFRESH
-from layercache.solver.multistep import DEPTH
 from layercache.solver.solution import ScheduleSolution
-from layercache.solver.verify import Row, Rules, VerificationError, verify
-from tests.solver.multistep_oracle import turned_error
 from tests.prediction.strategies import random_stats
+from tests.solver.multistep_oracle import turned_error
 
 # The package exports a function of a like name, so the module is asked for by its own.
 compile_module = importlib.import_module("layercache.compile")
@@ -437,10 +437,11 @@ def test_milp_compiles_the_same_objective_as_dp() -> None:
 
 def test_the_chosen_schedule_has_the_least_error_left_out() -> None:
     """Oracle: every candidate fitted by hand."""
-    from layercache.compile import _problem
     from layercache.figures import budget_ms
-    from layercache.solver.dp import DynamicProgramme
     from layercache.solver.gains import fit_gains
+
+    from layercache.compile import _problem
+    from layercache.solver.dp import DynamicProgramme
 
     stats = random_stats(13, prompts=6)
     options = Options()

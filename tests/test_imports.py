@@ -16,19 +16,23 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "_json": set(),
     "stats": {"errors", "_json"},
-    "plan_rows": {"errors"},
-    "plan": {"errors", "stats", "plan_rows", "_json"},
+    "_plan_rows": {"errors"},
+    "costs": {"stats", "_plan_rows"},
+    "options": {"errors"},
     "solver": {"errors", "stats"},
-    "options": {"errors", "solver"},
-    "figures": {"errors", "stats", "plan", "solver"},
-    "taps": {"stats", "plan", "solver", "figures"},
-    "compile": {"figures", "errors", "stats", "plan", "solver", "options", "taps"},
+    "plan": {"errors", "stats", "_plan_rows", "costs", "options", "_json"},
+    "prediction": {"errors", "stats", "solver", "costs"},
+    "verify": {"errors", "stats", "plan", "prediction"},
+    "compile": {
+        "errors", "stats", "plan", "solver", "options", "costs", "prediction", "verify",
+    },
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
     "reference": {"errors"},
     "refine": {
-        "errors", "stats", "plan", "solver", "figures", "taps", "models", "calibration", "runtime",
+        "errors", "stats", "plan", "costs", "prediction", "verify", "models", "calibration",
+        "runtime",
     },
     "evaluation": {
         "errors", "stats", "plan", "solver", "options", "compile", "models", "calibration",
@@ -42,8 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "_json", "stats", "plan_rows", "plan", "solver", "options", "figures", "taps",
-    "compile", "cli", "__init__",
+    "errors", "_json", "stats", "_plan_rows", "costs", "plan", "solver", "options", "prediction",
+    "verify", "compile", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 
@@ -128,7 +132,10 @@ def test_the_solver_imports_only_numpy_and_in_milp_scipy() -> None:
             assert third_party <= ({"numpy", "scipy"} if path.stem == "milp" else {"numpy"})
 
 
-@pytest.mark.parametrize("module", ["layercache", "layercache.compile", "layercache.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["layercache", "layercache.compile", "layercache.cli", "layercache.runtime.executor"],
+)
 def test_importing_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(sorted(set(sys.modules) & {HEAVY!r}) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

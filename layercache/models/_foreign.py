@@ -98,6 +98,14 @@ def running_index(scheduler: Any) -> int | None:
     return None if index is None else int(index)
 
 
-def first_index(scheduler: Any) -> int:
-    """The index at which a scheduler's run starts."""
-    return int(getattr(scheduler, "_begin_index", None) or 0)
+def begin_index(scheduler: Any) -> int | None:
+    """The index at which a scheduler's run starts, None where it was not told."""
+    index = getattr(scheduler, "_begin_index", None)
+    return None if index is None else int(index)
+
+
+def rewind(scheduler: Any) -> None:
+    """Set a scheduler to the start of its run, as far as it counts its steps."""
+    for name, value in (("_step_index", None), ("_begin_index", 0)):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, value)

@@ -69,7 +69,7 @@ def call_setting(pipe: Any) -> dict[str, bool | int | float]:
 
 def latent_shape(sample: Tensor) -> list[int]:
     """Shape of the latent of one image, as the scheduler receives it: without the batch axis."""
-    return list(sample.shape[1:] if sample.ndim > 1 else sample.shape)
+    return list(sample.shape[1:])
 
 
 def _frames() -> Iterator[FrameType]:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layercache.models._foreign import first_index, running_index
+from layercache.models._foreign import begin_index, counts_steps, rewind, running_index
 from layercache.models.patching import wrap_method
 
 _EULER = 1e-4
+# The first step of every solver is Euler's; those that lean on steps before do so from the second.
+_TRIED = 4
 
 StepFunction = Callable[[int, Tensor, Tensor], Tensor | None]
 """(step index, guided model output, sample before the step) to the output that is to be used.
@@ -62,13 +64,13 @@ def step_index(scheduler: Any) -> int:
     at `begin_index` (set by image-to-image pipelines) or at 0.
     """
     index = running_index(scheduler)
-    return first_index(scheduler) if index is None else index
+    return (begin_index(scheduler) or 0) if index is None else index
 
 
 def starts_anywhere(scheduler: Any) -> bool:
     """Whether the scheduler has not been told where its run starts: its first `step` finds out."""
-    known = [getattr(scheduler, name, None) for name in ("_step_index", "_begin_index")]
-    return hasattr(scheduler, "_step_index") and known == [None, None]
+    told = begin_index(scheduler) is not None or running_index(scheduler) is not None
+    return counts_steps(scheduler) and not told
 
 
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:
@@ -145,7 +147,7 @@ def tap_step(
 def solver_of(scheduler: Any) -> str:
     """How a scheduler moves the latent: `"euler"`, `"noisy"` or `"other"`.
 
-    Found out on a copy, which steps through the schedule that is set on a handful of numbers:
+    Found out on a copy, which takes the first steps of the schedule on a handful of numbers:
     `"euler"` moves by (sigma_{t+1} - sigma_t) v_t, `"noisy"` draws random numbers. One that cannot
     be tried out like that counts as Euler's, which is left to itself.
     """
@@ -158,12 +160,10 @@ def solver_of(scheduler: Any) -> str:
             for name in ("sigmas", "timesteps"):
                 setattr(trial, name, getattr(trial, name).cpu())
             # From the start, also where the run is to begin late.
-            for name, value in (("_step_index", None), ("_begin_index", 0)):
-                if hasattr(trial, name):
-                    setattr(trial, name, value)
+            rewind(trial)
             sigmas = trial.sigmas.tolist()
             sample = torch.randn(1, 4, 2, 2, generator=generator)
-            for index, timestep in enumerate(trial.timesteps):
+            for index, timestep in enumerate(trial.timesteps[:_TRIED]):
                 velocity = torch.randn(sample.shape, generator=generator)
                 expected = sample + (sigmas[index + 1] - sigmas[index]) * velocity
                 # Of the class, since what was put on an instance may act on another one.

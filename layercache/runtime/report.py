@@ -79,7 +79,7 @@ class RunReport:
         if self.calls_seen and self.calls_seen != self.calls_planned:
             found.append(
                 f"the transformer was called {self.calls_seen} times a step and the plan is for "
-                f"{self.calls_planned}: guidance is another"
+                f"{self.calls_planned}: guidance differs"
             )
         if self.steps_seen + self.steps_elsewhere != self.steps_planned:
             found.append(

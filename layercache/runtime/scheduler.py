@@ -68,6 +68,7 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._solver = "euler"
+        self._levels: list[float] = []
 
     @classmethod
     def from_plan(cls, plan: Plan, scheduler: Any = None) -> Self:
@@ -123,6 +124,7 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
         visited = list(self.executor.visited)
         levels = torch.as_tensor(self.base.sigmas)
         self.sigmas = levels[[*visited, self.plan.num_steps]]
+        self._levels = self.sigmas.tolist()
         self.timesteps = torch.as_tensor(self.base.timesteps)[visited].to(device)
         self.num_inference_steps = len(visited)
         self._step_index = self._begin_index = None
@@ -152,7 +154,7 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
         if start < executor.first_pause and self._solver == "other":
             moved = moved_sample(self.base.step(mean, timestep, sample, return_dict=False))
         else:
-            length = float(self.sigmas[self._step_index + 1] - self.sigmas[self._step_index])
+            length = self._levels[self._step_index + 1] - self._levels[self._step_index]
             moved = (sample.float() + length * mean.float()).to(model_output.dtype)
         executor.finish(stop - 1)
         self._step_index += 1

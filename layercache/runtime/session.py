@@ -63,6 +63,7 @@ class Session:
         )
         # Found out when the first run begins and the scheduler has its timesteps.
         self._solver = ""
+        self._levels: list[float] = []
         self._step = -1
         self.groups: list[GroupRunner] = []
         self._blocks: dict[str, list[nn.Module]] = {}
@@ -199,7 +200,9 @@ class Session:
         if first or sigmas is self.scheduler.sigmas:
             self._record.steps_elsewhere |= steps
         self._unclaimed = (None, set())
-        self._solver = self._solver or solver_of(self.scheduler)
+        self._levels = self.scheduler.sigmas.tolist()
+        if self.step_runner is not None and any(self.step_runner.schedule.cached):
+            self._solver = self._solver or solver_of(self.scheduler)
         self._controlled = self._matches(sigmas_of(self.scheduler))
         self._compare_setting(caller)
 
@@ -295,7 +298,7 @@ class Session:
             return None
         index = step - self._position.offset
         # Not the plan's sigmas, since the scheduler's may rise.
-        length = float(self.scheduler.sigmas[index + 1] - self.scheduler.sigmas[index])
+        length = self._levels[index + 1] - self._levels[index]
         made = moved_sample(result)
         return (sample.float() + length * used.float()).to(made)
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -378,6 +380,25 @@ def test_copies_that_are_interleaved_run_the_plan_each() -> None:
         assert all(torch.equal(result, expected) for result in shown)
         assert run.report().warnings == ()
         assert run.held_bytes == 0
+
+
+def test_what_copies_leave_behind_goes_with_them() -> None:
+    main, call = build("WanPipeline")
+    with apply_plan(main, plan_for(main, call, [step("##0#0")])) as run:
+        call()
+        kept = [weakref.ref(request(main)) for _ in range(3)]
+        for _ in range(3):
+            mine = request(main)
+            kept += [weakref.ref(mine), weakref.ref(mine.scheduler)]
+            caller_on("WanPipeline", mine)()
+            del mine
+        # The last one is reported.
+        gc.collect()
+        assert [ref() is None for ref in kept] == [True] * 7 + [False] * 2
+        call()
+        gc.collect()
+        assert all(ref() is None for ref in kept)
+        assert run.report().warnings == ()
 
 
 def test_copies_in_threads_of_their_own_run_the_plan() -> None:

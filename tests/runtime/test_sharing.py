@@ -63,7 +63,7 @@ def test_another_pipeline_may_share_the_transformer(name: str) -> None:
         assert run.held_bytes == 0
         assert torch.equal(call_second(), uncached)
         assert torch.equal(call_first(), expected)
-        handle = first.transformer.register_forward_pre_hook(_stop_at(3))
+        handle = first.transformer.register_forward_pre_hook(_stop_at(2))
         with pytest.raises(Stop):
             call_first()
         handle.remove()
