@@ -35,12 +35,12 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "evaluation": {
-        "errors", "stats", "plan", "solver", "options", "compile", "models", "calibration",
-        "runtime", "reference", "refine",
+        "errors", "stats", "plan", "solver", "options", "costs", "compile", "models",
+        "calibration", "runtime", "reference", "refine",
     },
     "cli": {
-        "errors", "_json", "stats", "plan", "compile", "models", "calibration", "evaluation",
-        "reference", "refine",
+        "errors", "_json", "stats", "plan", "options", "compile", "models", "calibration",
+        "evaluation", "reference", "refine",
     },
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "options", "compile"},
