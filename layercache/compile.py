@@ -29,6 +29,7 @@ from layercache.prediction import (
     Fit,
     Search,
     Table,
+    mean_log10,
     predicted_psnr,
     price,
     resample,
@@ -41,8 +42,9 @@ from layercache.stats import CalibrationStats
 from layercache.verify import verify
 
 Progress = Callable[[int, int], None]
-NEAR = 0.1
-"""Schedules whose quick scores are so close (1 dB) are fitted in full, and the best is taken."""
+NEAR = 0.5
+"""Schedules of lower levels whose quick scores are so close (5 dB) are fitted in full too, and what
+is foretold best is taken: a larger budget is then never foretold worse."""
 
 
 def compile_plan(
@@ -143,6 +145,7 @@ class _Compiler:
         self.stats, self.options, self.progress = stats, options, progress
         self.forced = uncacheable(stats) | frozenset(options.forced)
         self._models: dict[int, ErrorModel] = {}
+        self._fitted: dict[tuple[int, bytes], Fit] = {}
 
     def plan(self, budget: Budget) -> Plan:
         """The plan for one budget, verified."""
@@ -223,14 +226,14 @@ class _Compiler:
         best: _Choice | None = None
         for depth, search in self._searches:
             for found in search.near(limit_ms, NEAR):
-                fit = self._model(depth).fit(found.computed)
-                if fit.exact:
+                fit = self._fit(depth, found.computed)
+                if not np.isfinite(fit.score):
                     certificate = Certificate(solver="search", value=0.0, lower_bound=0.0)
                 else:
                     certificate = Certificate(
                         solver="search", objective="score", value=fit.score, starts=found.starts
                     )
-                if best is None or fit.score < best.fit.score:
+                if best is None or mean_log10(fit.error) < mean_log10(best.fit.error):
                     best = _Choice(fit, certificate)
         if best is not None:
             yield best
@@ -313,6 +316,12 @@ class _Compiler:
         )
 
     # -- the plan -----------------------------------------------------------------------------
+
+    def _fit(self, depth: int, computed: BoolArray) -> Fit:
+        key = depth, computed.tobytes()
+        if key not in self._fitted:
+            self._fitted[key] = self._model(depth).fit(computed)
+        return self._fitted[key]
 
     def _fits(self, fit: Fit) -> bool:
         limit = self.options.max_cache_bytes

@@ -40,12 +40,12 @@ from layercache.models.pipelines import decodes, run_pipeline
 from layercache.models.stepping import moved_sample, tap_step, tapped_step
 from layercache.plan import COMPUTED, Certificate, Plan, UnitPlan
 from layercache.prediction import DEPTH, predicted_psnr, resample
-from layercache.prediction.error import mean_log10, moves_as_euler
+from layercache.prediction.error import moves_as_euler
 from layercache.prediction.ridge import DECIMALS, fit_row
 from layercache.runtime import StepExecutor, apply_plan
 from layercache.runtime.arithmetic import affine
 from layercache.stats import CalibrationStats, FloatArray
-from layercache.verify import verify
+from layercache.verify import recompute, verify
 
 Array = NDArray[np.float64]
 
@@ -296,10 +296,9 @@ def _restated(stats: CalibrationStats, plan: Plan, units: tuple[UnitPlan, ...]) 
         )
 
     certificate = plan.certificate
-    error = verify(stats, made(None, certificate)).error
-    if certificate.objective == "score":
-        certificate = certificate.model_copy(update={"value": mean_log10(error)})
-    psnr = predicted_psnr(here, error)
+    recomputed = recompute(stats, made(None, certificate))
+    certificate = certificate.model_copy(update={"value": recomputed.objective})
+    psnr = predicted_psnr(here, recomputed.error)
     found = made(psnr if np.isfinite(psnr).all() else None, certificate)
     verify(stats, found)
     return found

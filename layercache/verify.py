@@ -43,7 +43,7 @@ class Verification:
         compute_share: Of full compute.
         cache_bytes: Peak of bytes held between steps.
         error: (P,) mean squared error per element of the final latent, foretold.
-        objective: The sum of prices; None if the certificate is not of that.
+        objective: What the certificate is of: the sum of prices, or the score.
     """
 
     cost_ms: float
@@ -51,7 +51,7 @@ class Verification:
     compute_share: float
     cache_bytes: int
     error: FloatArray
-    objective: float | None
+    objective: float
 
 
 def verify(stats: CalibrationStats, plan: Plan) -> Verification:
@@ -64,6 +64,19 @@ def verify(stats: CalibrationStats, plan: Plan) -> Verification:
     Raises:
         VerificationError: A rule is broken or a figure is wrong; the message lists all of them.
         StatsError: The statistics cannot be interpolated to the plan's sigmas.
+    """
+    found = recompute(stats, plan)
+    wrong = _disagreements(stats, plan, found)
+    if wrong:
+        raise _refused(wrong)
+    return found
+
+
+def recompute(stats: CalibrationStats, plan: Plan) -> Verification:
+    """A plan's figures from its rows; what it states of itself is not looked at.
+
+    Raises:
+        VerificationError: A rule is broken; the message lists all of them.
     """
     if plan.asked.sigmas is not None:
         stats = resample(stats, np.array(plan.asked.sigmas))
@@ -78,18 +91,14 @@ def verify(stats: CalibrationStats, plan: Plan) -> Verification:
         raise _refused(wrong)
     cost, full = _cost(stats, rows), _cost(stats, [])
     outside = stats.num_steps * stats.overhead_ms
-    found = Verification(
+    return Verification(
         cost_ms=cost,
         speedup=(full + outside) / (cost + outside),
         compute_share=cost / full,
         cache_bytes=_peak_bytes(stats, rows),
         error=np.array([_final_error(stats, rows, p) for p in range(stats.num_prompts)]),
-        objective=_objective(stats, plan, rows) if plan.certificate.objective == "prices" else None,
+        objective=_objective(stats, plan, rows),
     )
-    wrong = _disagreements(stats, plan, found)
-    if wrong:
-        raise _refused(wrong)
-    return found
 
 
 def _refused(wrong: Sequence[str]) -> VerificationError:
@@ -238,8 +247,10 @@ def _is_euler(stats: CalibrationStats) -> bool:
     return True
 
 
-def _final_error(stats: CalibrationStats, rows: Sequence[_Row], prompt: int) -> float:
-    """Squared error per element of the final latent: ||S||^2 + D."""
+def _final_error(
+    stats: CalibrationStats, rows: Sequence[_Row], prompt: int, *, turns: bool = True
+) -> float:
+    """Squared error per element of the final latent: ||S||^2 + D, what grows in S turned or not."""
     sigma, growth = [float(s) for s in stats.sigmas], _growth(stats)
     velocity = stats.velocities[prompt].astype(np.float64)
     latent = stats.latents[prompt].astype(np.float64)
@@ -273,18 +284,25 @@ def _final_error(stats: CalibrationStats, rows: Sequence[_Row], prompt: int) -> 
         else:
             path = latent[stop] - latent[start]
         before = error
+        error = before if turns else grown * before
         error = error + length * mean - (path if moved else length * velocity[start])
         variance = (length * (1 + sum(reads.values()))) ** 2 * unsure[start]
         for source, tap in reads.items():
             other, off = arrived[source]
             apart = float((before - other) @ (before - other)) + drift + off
             variance += (length * tap) ** 2 * (rate**2 * apart + unsure[source])
-        drift = grown**2 * drift + (grown**2 - 1) * float(before @ before) + variance
+        turned = (grown**2 - 1) * float(before @ before) if turns else 0.0
+        drift = grown**2 * drift + turned + variance
     return float((error @ error + drift) * growth[-1] ** 2 / stats.numel)
 
 
 def _objective(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> float:
-    """The sum of the prices of all cached cells: each reuses or predicts, whichever is cheaper."""
+    """The score, or the sum of prices: each cell reuses or predicts, whichever is cheaper."""
+    if plan.certificate.objective == "score":
+        prompts = range(stats.num_prompts)
+        errors = np.array([_final_error(stats, rows, p, turns=False) for p in prompts])
+        largest = float(errors.max())
+        return float(np.log10(np.maximum(errors, 1e-12 * largest)).mean()) if largest else -math.inf
     total = 0.0
     for row in rows:
         for step in range(stats.num_steps):
@@ -333,18 +351,19 @@ def _disagreements(stats: CalibrationStats, plan: Plan, found: Verification) -> 
         ("compute_share", predicted.compute_share, found.compute_share, 0.0),
         ("cache_bytes", predicted.cache_bytes, found.cache_bytes, 0.0),
     ]
+    with np.errstate(divide="ignore"):
+        psnr = -10 * np.log10(stats.image_gain * found.error)
+    # Where next to nothing is left of vectors that cancel, decibels are rounding.
+    slack = 0.0 if psnr.max() < 150 else math.inf
     if predicted.psnr_db is not None:
-        with np.errstate(divide="ignore"):
-            psnr = -10 * np.log10(stats.image_gain * found.error)
-        # Where next to nothing is left of vectors that cancel, decibels are rounding.
-        slack = 0.0 if psnr.max() < 150 else math.inf
         checks += [
             ("psnr_db", predicted.psnr_db, float(psnr.mean()), slack),
             ("psnr_median_db", predicted.psnr_median_db, float(np.median(psnr)), slack),
             ("psnr_worst_db", predicted.psnr_worst_db, float(psnr.min()), slack),
         ]
-    if found.objective is not None:
-        checks.append(("certificate.value", certificate.value, found.objective, 0.0))
+    if np.isfinite(found.objective):
+        rounding = slack if certificate.objective == "score" else 0.0
+        checks.append(("certificate.value", certificate.value, found.objective, rounding))
     wrong = [
         f"it states {name} = {stated!r}, but the statistics give {recomputed!r}"
         for name, stated, recomputed, slack in checks

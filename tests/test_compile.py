@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -12,193 +11,129 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layercache.figures import restate
-from layercache.solver.multistep import DEPTH
-from layercache.solver.verify import Row, Rules, VerificationError, verify
 
 from layercache import Budget, BudgetError, CalibrationStats, LayerCacheError, Plan, compile_plan
-from layercache.compile import pareto
-from layercache.errors import StatsError
-from layercache.options import Options
-from layercache.plan import IDLE, REFRESH
-from layercache.solver.solution import ScheduleSolution
+from layercache.compile import pareto, rows_of
+from layercache.errors import OptionError, StatsError
+from layercache.options import PREDICTORS, SOLVERS, Options
+from layercache.plan import COMPUTED, Certificate
+from layercache.prediction import DEPTH, ErrorModel, predicted_psnr
+from layercache.verify import VerificationError, verify
+from tests.prediction.oracle import random_table
 from tests.prediction.strategies import random_stats
-from tests.solver.multistep_oracle import turned_error
-
-# The package exports a function of a like name, so the module is asked for by its own.
-compile_module = importlib.import_module("layercache.compile")
 
 UNITS = [("step",), ("groups",), ("step", "groups")]
 
 
-def rows_of(stats: CalibrationStats, plan: Plan) -> list[Row]:
-    number = {group.name: index for index, group in enumerate(stats.groups)}
-    return [
-        Row(
-            group=number.get(unit.name),
-            refresh=plan.schedules[unit.name].refresh,
-            anchor=plan.schedules[unit.name].anchor,
-            base=plan.schedules[unit.name].base,
-            weight=plan.schedules[unit.name].weight,
-            taps=plan.schedules[unit.name].taps,
-        )
-        for unit in plan.units
-    ]
-
-
-def rules_of(stats: CalibrationStats, share: float, **changes: Any) -> Rules:
-    full = stats.num_steps * (float(stats.group_ms.sum()) + stats.rest_ms)
-    arguments: dict[str, Any] = {"budget_ms": share * full, "history": 2, "gains": "cell"}
-    return Rules(**arguments | changes)
-
-
-MODES = ["none", "unit", "cell", "trajectory"]
+def depth_of(plan: Plan) -> int:
+    return max((len(row) for unit in plan.units for row in unit.taps or ()), default=0)
 
 
 @pytest.mark.parametrize(
-    ("units", "gains", "solver"),
-    [
-        *itertools.product(UNITS, [*MODES, "multistep"], ["dp"]),
-        (("groups",), "unit", "greedy"),
-        (("step", "groups"), "trajectory", "greedy"),
-    ],
+    ("units", "predictor", "solver"), itertools.product(UNITS, PREDICTORS, SOLVERS)
 )
 def test_every_kind_of_plan_keeps_its_budget_and_round_trips(
-    units: tuple[str, ...], gains: str, solver: str, tmp_path: Path
+    units: tuple[str, ...], predictor: str, solver: str, tmp_path: Path
 ) -> None:
-    stats = random_stats(0)
-    plan = compile_plan(stats, 0.6, units=units, gains=gains, solver=solver)
+    stats = random_stats(0, steps=9 if solver == "milp" else 12)
+    plan = compile_plan(stats, 0.6, units=units, predictor=predictor, solver=solver)
     assert plan.predicted.compute_share <= 0.6 * (1 + 1e-9)
-    assert plan.certificate.lower_bound <= plan.certificate.objective
+    assert plan.asked == Options(units=units, predictor=predictor, solver=solver)
     assert plan.certificate.solver == solver
-    assert [unit.kind for unit in plan.units].count("step") == ("step" in units)
+    assert plan.certificate.objective == ("score" if solver == "search" else "prices")
+    assert predictor != "reuse" or depth_of(plan) == 0
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
 
 
-@settings(max_examples=20)
+@settings(max_examples=40, deadline=None)
 @given(
-    st.integers(0, 10_000),
-    st.sampled_from(UNITS),
-    st.floats(0.45, 1.0),
-    st.integers(1, 3),
-    st.sampled_from(["unit", "cell", "trajectory", "multistep"]),
+    seed=st.integers(0, 500),
+    skips=st.booleans(),
+    predictor=st.sampled_from(PREDICTORS),
+    mode=st.sampled_from(["replay", "residual"]),
+    scheduler=st.sampled_from([None, "UniPCMultistepScheduler"]),
 )
-def test_verification_accepts_every_plan(
-    seed: int, units: tuple[str, ...], share: float, history: int, gains: str
+def test_what_is_predicted_of_any_schedule_is_verified(
+    seed: int, skips: bool, predictor: str, mode: str, scheduler: str | None
 ) -> None:
-    stats = random_stats(seed, steps=10, groups=2, prompts=3)
-    plan = compile_plan(stats, share, units=units, history=history, gains=gains)
-    assert Plan.from_dict(plan.to_dict()) == plan
-    mode = "unit" if gains == "unit" else "cell"
-    found = verify(stats, rows_of(stats, plan), rules_of(stats, share, history=history, gains=mode))
-    assert found.broken == ()
-    assert found.objective == pytest.approx(plan.certificate.objective)
+    """Oracle: `verify`, which shares no code with the error model."""
+    setting = {} if scheduler is None else {"scheduler": scheduler}
+    stats = random_stats(seed % 5, steps=10, groups=2, lags=4, mode=mode, setting=setting)
+    if scheduler is not None:
+        stats = replace(stats, latents=1.1 * stats.latents)
+    options = Options(predictor=predictor, units=("step", "groups"))
+    fit = ErrorModel(stats, predictor).fit(random_table(seed, 10, 2, skips=skips))
+    plan = Plan.of(
+        stats,
+        Budget(fraction=1.0),
+        options,
+        rows_of(stats, options, fit),
+        psnr=predicted_psnr(stats, fit.error),
+        certificate=Certificate(solver="search", objective="score", value=fit.score),
+    )
+    found = verify(stats, plan)
+    assert found.error == pytest.approx(fit.error, rel=1e-6)
 
 
-def mutations(row: Row, steps: int) -> list[tuple[str, dict[str, Any]]]:
-    """Changes of one row that each break a rule, with a word of the complaint."""
-    cached = [t for t in range(steps) if row.anchor[t] >= 0]
-    predicted = [t for t in cached if row.base[t] >= 0]
-    found: list[tuple[str, dict[str, Any]]] = []
-
-    def put(name: str, step: int, value: Any) -> dict[str, Any]:
-        values = list(getattr(row, name))
-        values[step] = value
-        return {name: values}
-
-    found.append(("step 0", put("refresh", 0, False)))
-    if cached:
-        t = cached[-1]
-        found.append(("not its last refresh", put("anchor", t, row.anchor[t] + 1)))
-        found.append(("idle, but the step is run", put("anchor", t, -1)))
-        found.append(("refreshed and has an anchor", put("refresh", t, True)))
-    if predicted:
-        t = predicted[-1]
-        found.append(("base", put("base", t, row.anchor[t])))
-        found.append(("weight", put("weight", t, float("nan"))))
-        if row.weight[t]:
-            found.append(("nothing to multiply", put("base", t, -1)))
-    return found
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 10_000), st.sampled_from(UNITS), st.floats(0.45, 0.8))
-def test_verification_rejects_every_broken_rule(
-    seed: int, units: tuple[str, ...], share: float
-) -> None:
-    """Oracle: each change breaks a rule by construction, and the complaint must name it."""
-    stats = random_stats(seed, steps=10, groups=2, prompts=3)
-    rows = rows_of(stats, compile_plan(stats, share, units=units))
-    rules = rules_of(stats, share)
-    assert verify(stats, rows, rules).broken == ()
-    tried = 0
-    for index, row in enumerate(rows):
-        for word, change in mutations(row, stats.num_steps):
-            changed = [*rows[:index], replace(row, **change), *rows[index + 1 :]]
-            result = verify(stats, changed, rules)
-            assert any(word in text for text in result.broken), (word, result.broken)
-            with pytest.raises(VerificationError, match="This is a bug"):
-                result.require()
-            tried += 1
-    assert tried >= 4
-
-
-def test_verification_rejects_what_exceeds_a_limit() -> None:
-    stats = random_stats(2)
-    plan = compile_plan(stats, 0.55)
-    rows = rows_of(stats, plan)
-
-    def complaints(**changes: Any) -> str:
-        share = changes.pop("share", 0.55)
-        return "; ".join(verify(stats, rows, rules_of(stats, share, **changes)).broken)
-
-    assert "more than the budget of" in complaints(share=0.3)
-    assert "more than max_cache_bytes=1" in complaints(max_cache_bytes=1)
-    assert "0 may be" in complaints(max_gap=0)
-    assert "not one of 0 refreshes before" in complaints(history=0)
-    cached = next(t for t in range(12) if not rows[0].refresh[t])
-    assert "though forced" in complaints(forced=frozenset({cached}))
-
-
-def test_a_group_that_is_computed_at_a_skipped_step_is_rejected() -> None:
-    stats = random_stats(2)
-    rows = rows_of(stats, compile_plan(stats, 0.55))
-    skipped = next(t for t in range(12) if not rows[0].refresh[t])
-    refresh = list(rows[1].refresh)
-    refresh[skipped] = True
-    broken = verify(
-        stats, [rows[0], replace(rows[1], refresh=refresh), *rows[2:]], rules_of(stats, 0.55)
-    ).broken
-    assert any("refreshed where the step is skipped" in text for text in broken)
-
-
-def test_a_wrong_figure_is_caught_before_the_plan_is_returned(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize(
+    "figure",
+    ["speedup", "compute_share", "cache_bytes", "psnr_db", "psnr_median_db", "psnr_worst_db"],
+)
+def test_a_wrong_figure_is_caught(figure: str) -> None:
     stats = random_stats(3)
-    error = "layercache.compile.trajectory_error"
-    monkeypatch.setattr(error, lambda *_: np.full(stats.num_prompts, 1e-9))
-    with pytest.raises(VerificationError, match="the plan states psnr_db"):
-        compile_plan(stats, 0.5)
+    plan = compile_plan(stats, 0.5)
+    value = getattr(plan.predicted, figure)
+    changed = plan.predicted.model_copy(update={figure: value + 1})
+    with pytest.raises(VerificationError, match=f"{figure} = "):
+        verify(stats, plan.model_copy(update={"predicted": changed}))
 
 
-def test_a_plan_is_held_to_what_was_asked_and_not_to_what_it_says(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A compiler that forgets an option, in the problem and in the plan, is caught."""
-    problem_of = compile_module._problem
-    monkeypatch.setattr(
-        compile_module, "_problem", lambda stats, o: problem_of(stats, replace(o, forced=()))
-    )
-    plan_of = compile_module._plan
-    monkeypatch.setattr(
-        compile_module,
-        "_plan",
-        lambda stats, budget, o, *rest: plan_of(stats, budget, replace(o, forced=()), *rest),
-    )
-    with pytest.raises(VerificationError, match="is not refreshed, though forced"):
-        compile_plan(random_stats(3), 0.4, forced=tuple(range(1, 8, 2)))
+@pytest.mark.parametrize("solver", ["dp", "search"])
+def test_a_wrong_certificate_is_caught(solver: str) -> None:
+    stats = random_stats(3)
+    plan = compile_plan(stats, 0.5, units="groups", solver=solver)
+    wrong = plan.certificate.model_copy(update={"value": 1.01 * plan.certificate.value})
+    with pytest.raises(VerificationError, match="certificate.value"):
+        verify(stats, plan.model_copy(update={"certificate": wrong}))
+    high = plan.certificate.model_copy(update={"lower_bound": abs(plan.certificate.value) + 1})
+    with pytest.raises(VerificationError, match="lower bound"):
+        verify(stats, plan.model_copy(update={"certificate": high}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"forced": tuple(range(12))}, "though forced"),
+        ({"max_gap": 0}, "from its anchor; 0 may be"),
+        ({"units": ("groups",)}, "step at step .* is cached; units are"),
+        ({"max_cache_bytes": 1}, "more than max_cache_bytes=1"),
+        ({"sigmas": np.linspace(1, 0, 9)}, "not of one schedule"),
+    ],
+)
+def test_a_plan_is_held_to_what_was_asked(asked: dict[str, Any], complaint: str) -> None:
+    stats = random_stats(3)
+    plan = compile_plan(stats, 0.4, units=("step",))
+    with pytest.raises(VerificationError, match=complaint):
+        verify(stats, plan.model_copy(update={"asked": Options(**asked)}))
+
+
+def test_a_plan_over_its_budget_is_caught() -> None:
+    stats = random_stats(3)
+    plan = compile_plan(stats, 0.5)
+    with pytest.raises(VerificationError, match="more than the budget"):
+        verify(stats, plan.model_copy(update={"budget": Budget(fraction=0.3)}))
+
+
+def test_taps_that_read_another_segment_or_what_was_not_measured_are_caught() -> None:
+    stats = random_stats(3, lags=3)
+    plan = compile_plan(stats, 0.5)
+    segments = np.arange(12.0)
+    with pytest.raises(VerificationError, match="of another segment"):
+        verify(replace(stats, segments=segments), plan)
+    groups = compile_plan(stats, 0.6, units="groups")
+    with pytest.raises(VerificationError, match="1 were measured"):
+        verify(replace(stats, deltas=stats.deltas[:, :, :, :1]), groups)
 
 
 def test_speedups_count_what_runs_outside_the_transformer() -> None:
@@ -206,71 +141,114 @@ def test_speedups_count_what_runs_outside_the_transformer() -> None:
     plan = compile_plan(stats, "1.5x")
     assert plan.predicted.speedup >= 1.5
     full = float(stats.group_ms.sum()) + stats.rest_ms
-    total = full + stats.overhead_ms
     spent = plan.predicted.compute_share * full + stats.overhead_ms
-    assert plan.predicted.speedup == pytest.approx(total / spent)
+    assert plan.predicted.speedup == pytest.approx((full + stats.overhead_ms) / spent)
 
 
+@pytest.mark.parametrize("solver", ["search", "dp", "greedy"])
 @pytest.mark.parametrize("units", UNITS)
-def test_a_full_budget_computes_everything_that_has_a_price(units: tuple[str, ...]) -> None:
-    plan = compile_plan(random_stats(5), 1.0, units=units)
-    assert plan.certificate.objective == 0
-    assert all(set(unit.cells) == {"#"} for unit in plan.units)
-    assert all(not any(unit.gains or ()) for unit in plan.units)
+def test_a_full_budget_computes_everything(units: tuple[str, ...], solver: str) -> None:
+    plan = compile_plan(random_stats(5), 1.0, units=units, solver=solver)
+    assert all(set(unit.cells) == {COMPUTED} for unit in plan.units)
+    assert depth_of(plan) == 0
+    assert plan.certificate.value == 0
     assert plan.predicted.psnr_db is None
     assert plan.predicted.cache_bytes == 0
 
 
+@pytest.mark.parametrize("solver", ["search", "dp"])
 @pytest.mark.parametrize("units", UNITS)
-def test_the_tightest_budget_in_the_message_can_be_met(units: tuple[str, ...]) -> None:
+def test_the_tightest_budget_in_the_message_can_be_met(units: tuple[str, ...], solver: str) -> None:
     stats = random_stats(6)
-    with pytest.raises(BudgetError) as error:
-        compile_plan(stats, 0.01, units=units)
-    text = str(error.value)
-    assert text.startswith("a budget of 0.010 of the compute cannot be met: the tightest")
+    with pytest.raises(BudgetError, match="0.010 of the compute cannot be met") as error:
+        compile_plan(stats, 0.01, units=units, solver=solver)
+    share, speedup = named(error.value)
+    compile_plan(stats, share, units=units, solver=solver)
+    compile_plan(stats, Budget(speedup=speedup), units=units, solver=solver)
+    with pytest.raises(BudgetError):
+        compile_plan(stats, share - 2e-4, units=units, solver=solver)
+
+
+def named(error: BudgetError) -> tuple[float, float]:
+    """The share and the speedup that a message names."""
+    text = str(error)
     share = float(text.split("fraction=")[1].split(")")[0])
-    speedup = float(text.split("speedup=")[1].split(")")[0])
-    compile_plan(stats, share, units=units)
-    compile_plan(stats, Budget(speedup=speedup), units=units)
-    with pytest.raises(BudgetError):
-        compile_plan(stats, share - 2e-4, units=units)
-    with pytest.raises(BudgetError):
-        compile_plan(stats, Budget(speedup=speedup + 2e-3), units=units)
+    return share, float(text.split("speedup=")[1].split(")")[0])
 
 
 @pytest.mark.parametrize("units", UNITS)
-def test_a_memory_limit_is_kept_by_the_finished_plan(units: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("solver", ["search", "dp"])
+def test_a_memory_limit_is_kept_by_the_finished_plan(units: tuple[str, ...], solver: str) -> None:
     stats = random_stats(7)
-    free = compile_plan(stats, 0.6, units=units)
-    limit = int(0.8 * free.predicted.cache_bytes)
-    plan = compile_plan(stats, 0.6, units=units, max_cache_bytes=limit)
-    assert plan.predicted.cache_bytes <= limit
-    assert plan.certificate.lower_bound >= 0
+    free = compile_plan(stats, 0.6, units=units, solver=solver)
+    depths = set()
+    for share in (0.9, 0.7, 0.5, 0.3):
+        limit = int(share * free.predicted.cache_bytes)
+        try:
+            plan = compile_plan(stats, 0.6, units=units, solver=solver, max_cache_bytes=limit)
+        except BudgetError:
+            continue
+        assert plan.predicted.cache_bytes <= limit
+        depths.add(depth_of(plan))
+    assert min(depths) < depth_of(free) <= DEPTH
 
 
-def test_forced_steps_and_gaps_are_kept() -> None:
-    plan = compile_plan(random_stats(8), 0.7, forced=(5, 11), max_gap=1)
+@pytest.mark.parametrize("solver", ["search", "dp", "greedy"])
+def test_forced_steps_and_gaps_are_kept(solver: str) -> None:
+    plan = compile_plan(random_stats(8), 0.7, forced=(5, 11), max_gap=1, solver=solver)
     for unit in plan.units:
-        assert unit.cells[5] == unit.cells[11] == "#"
+        assert unit.cells[5] == unit.cells[11] == COMPUTED
         row = plan.schedules[unit.name]
         assert all(t - a <= 1 for t, a in enumerate(row.anchor) if a >= 0)
 
 
 def test_the_published_method_has_its_own_form() -> None:
-    plan = compile_plan(random_stats(9), 0.6, solver="greedy", units=("groups",), gains="unit")
+    plan = compile_plan(
+        random_stats(9), 0.6, solver="greedy", units=("groups",), predictor="published"
+    )
     assert plan.step_unit is None
-    assert all(unit.gains is None for unit in plan.units)
-    assert plan.certificate.gains == "unit"
+    assert all(unit.taps is None for unit in plan.units)
+    assert set("".join(unit.cells for unit in plan.units)) - {"#", "0"}
+
+
+def test_groups_alone_have_taps_of_their_own_and_of_the_step() -> None:
+    plan = compile_plan(random_stats(9, lags=6), 0.5, units=("groups",))
+    step = plan.step_unit
+    assert step is not None and set(step.cells) == {COMPUTED} and step.taps is not None
+    assert max(map(len, step.taps)) == DEPTH
+    assert max(len(row) for unit in plan.groups for row in unit.taps or ()) > 1
 
 
 def test_pareto_is_compile_plan_for_every_budget() -> None:
     stats = random_stats(10)
-    shares = [0.9, 0.7, 0.5]
-    plans = pareto(stats, shares)
-    assert plans == [compile_plan(stats, share) for share in shares]
+    shares = [0.7, 0.9, 0.5]
+    assert pareto(stats, shares) == [compile_plan(stats, share) for share in shares]
     assert pareto(stats, []) == []
-    only = pareto(stats, [0.7], Options(units=("step",), gains="cell"))[0]
-    assert only == compile_plan(stats, 0.7, units=("step",), gains="cell")
+    options = Options(units=("step",), solver="dp")
+    assert pareto(stats, [0.7], options)[0] == compile_plan(
+        stats, 0.7, units=("step",), solver="dp"
+    )
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_a_larger_budget_is_never_foretold_worse_and_is_used(units: tuple[str, ...]) -> None:
+    stats = random_stats(11, steps=16, prompts=5)
+    shares = np.linspace(0.4, 1.0, 25)
+    last = -np.inf
+    for share, plan in zip(shares, pareto(stats, list(shares), Options(units=units)), strict=True):
+        psnr = np.inf if plan.predicted.psnr_db is None else plan.predicted.psnr_db
+        assert psnr >= last
+        last = psnr
+        step = 1 / 16 if "step" in units else 0.03 * share
+        assert plan.predicted.compute_share >= share - step - 1e-9
+
+
+def test_progress_is_told() -> None:
+    seen: list[tuple[int, int]] = []
+    compile_plan(
+        random_stats(0), 0.5, units="step", progress=lambda level, of: seen.append((level, of))
+    )
+    assert seen == [(level, 12) for level in range(1, 7)]
 
 
 def test_another_schedule_is_compiled_by_interpolation() -> None:
@@ -283,75 +261,84 @@ def test_another_schedule_is_compiled_by_interpolation() -> None:
     assert plan.provenance["interpolated_from_steps"] == 24
     assert "num_inference_steps" not in plan.setting
     assert "scheduler_shift" not in plan.setting
+    assert verify(stats, plan).compute_share == pytest.approx(plan.predicted.compute_share)
     same = compile_plan(stats, 0.6, sigmas=stats.sigmas)
     assert [u.cells for u in same.units] == [u.cells for u in compile_plan(stats, 0.6).units]
-    assert "interpolated_from_steps" not in compile_plan(stats, 0.6).provenance
+
+
+# -- steps that differ -------------------------------------------------------------------------
+
+
+def two_experts() -> CalibrationStats:
+    """The first four of twelve steps are made elsewhere; the last three have half the calls."""
+    loads = np.ones((12, 4))
+    loads[:4], loads[9:] = 0.0, 0.5
+    segments = np.array([0.0] * 4 + [1.0] * 5 + [2.0] * 3)
+    return random_stats(12, loads=loads, segments=segments)
+
+
+@pytest.mark.parametrize("solver", ["search", "dp", "greedy"])
+@pytest.mark.parametrize("units", UNITS)
+def test_steps_of_another_expert_are_neither_skipped_nor_counted(
+    units: tuple[str, ...], solver: str
+) -> None:
+    stats = two_experts()
+    plan = compile_plan(stats, 0.7, units=units, solver=solver)
+    assert all(unit.cells.startswith(COMPUTED * 5) for unit in plan.units)
+    assert all(unit.cells[9] == COMPUTED for unit in plan.units)
+    step = plan.step_unit
+    if step is not None and units == ("step",):
+        whole = [1.0 if 4 <= t < 9 else 0.5 if t >= 9 else 0.0 for t in range(12)]
+        spent = sum(cost for cost, cell in zip(whole, step.cells, strict=True) if cell == COMPUTED)
+        assert plan.predicted.compute_share == pytest.approx(spent / sum(whole))
+    for name, schedule in plan.schedules.items():
+        for t, pairs in enumerate(schedule.reads):
+            assert all(stats.segments[s] == stats.segments[t] for s, _ in pairs), name
+
+
+# -- options and statistics that are refused ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "value"),
     [
-        ({"solver": "ilp"}, "solver is 'ilp'; use 'dp' or 'greedy' or 'milp'"),
-        ({"units": ("blocks",)}, "units is ('blocks',); use 'step', 'groups' or both"),
-        (
-            {"gains": "best"},
-            "gains is 'best'; use 'none', 'unit', 'cell', 'trajectory' or 'multistep'",
-        ),
-        ({"history": 9}, "history is 9; 0 to 3 refreshes can be kept"),
+        ({"solver": "magic"}, "magic"),
+        ({"solver": ["dp"]}, "dp"),
+        ({"units": ("blocks",)}, "blocks"),
+        ({"units": ()}, r"\(\)"),
+        ({"units": None}, "None"),
+        ({"predictor": "best"}, "best"),
+        ({"max_gap": "2"}, "'2'"),
+        ({"max_gap": -1}, "-1"),
+        ({"max_gap": float("nan")}, "nan"),
+        ({"max_cache_bytes": float("inf")}, "inf"),
+        ({"max_cache_bytes": "1MB"}, "1MB"),
+        ({"max_cache_bytes": -1}, "-1"),
+        ({"forced": 5}, "5"),
+        ({"forced": (0.5,)}, "0.5"),
+        ({"forced": (12,)}, "12"),
+        ({"forced": (-1,)}, "-1"),
+        ({"sigmas": ["a"]}, "'a'"),
+        ({"sigmas": 5}, "5"),
     ],
 )
-def test_unknown_options_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(LayerCacheError) as error:
+def test_wrong_options_are_refused(arguments: dict[str, Any], value: str) -> None:
+    with pytest.raises(OptionError, match=f"{[*arguments][0].split('_')[0]}.*{value}"):
         compile_plan(random_stats(0), 0.6, **arguments)
-    assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"history": 1.5}, "history is 1.5; it must be a whole number"),
-        ({"history": None}, "history is None; it must be a whole number"),
-        ({"max_gap": "2"}, "max_gap is '2'; it must be a whole number"),
-        ({"max_gap": float("nan")}, "max_gap is nan; it must be a whole number"),
-        ({"max_cache_bytes": float("inf")}, "max_cache_bytes is inf; it must be a whole number"),
-        ({"max_cache_bytes": "1MB"}, "max_cache_bytes is '1MB'; it must be a whole number"),
-        ({"forced": 5}, "forced is 5; it must be a sequence"),
-        ({"forced": (0.5,)}, "a forced step is 0.5; it must be a whole number"),
-        ({"power": "2"}, "power is '2'; it must be a number above 0"),
-        ({"power": float("nan")}, "power is nan; it must be finite and above 0"),
-        ({"units": None}, "units is None; it must be a sequence"),
-        ({"solver": ["dp"]}, "solver is ['dp']; use 'dp' or 'greedy' or 'milp'"),
-        ({"sigmas": ["a"]}, "sigmas is ['a']; it must hold T+1 numbers"),
-        ({"sigmas": 5}, "sigmas is 5; it must be a sequence"),
-    ],
-)
-def test_options_of_a_wrong_type_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(LayerCacheError) as error:
-        compile_plan(random_stats(0), 0.6, **arguments)
-    assert str(error.value) == message
 
 
 def test_numbers_of_numpy_and_whole_floats_are_options_like_any_other(tmp_path: Path) -> None:
     stats = random_stats(0)
-    plain = {"history": 1, "max_gap": 3, "forced": (3, 5), "power": 2.0, "max_cache_bytes": 10**6}
+    plain: dict[str, Any] = {"max_gap": 3, "forced": (3, 5), "max_cache_bytes": 10**6}
     fancy: dict[str, Any] = {
-        "history": np.int64(1),
         "max_gap": 3.0,
         "forced": np.array([3, 5]),
-        "power": np.float32(2),
         "max_cache_bytes": 1e6,
     }
     plan = compile_plan(stats, np.float64(0.6), units="step", **fancy)
     assert plan == compile_plan(stats, 0.6, units=("step",), **plain)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
-
-
-def test_a_power_that_takes_prices_out_of_range_is_refused() -> None:
-    """Prices that underflow to 0 would make every plan look free."""
-    for power in (100, 1e9):
-        with pytest.raises(LayerCacheError, match=f"power is {float(power)}.*nearer to 1"):
-            compile_plan(random_stats(0), 0.6, power=power)
 
 
 def test_statistics_whose_median_times_are_zero_are_refused() -> None:
@@ -366,9 +353,9 @@ def test_statistics_whose_median_times_are_zero_are_refused() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({}, "class_name: Field required"),
+        ({}, "class_name"),
         ({"block_lists": {"blocks": 2}}, r"blocks\[2:4\]\) is not in model.block_lists"),
-        ({"x": 1}, "x: Extra inputs are not permitted"),
+        ({"x": 1}, "x: "),
     ],
 )
 def test_statistics_of_a_malformed_model_are_refused(model: dict[str, Any], message: str) -> None:
@@ -382,30 +369,33 @@ def straight(stats: CalibrationStats, change: float) -> CalibrationStats:
     """Velocities that are linear in sigma up to float32's rounding, `change` how much they move."""
     start, slope = stats.velocities[:, :1].astype(float), stats.velocities[:, 1:2].astype(float)
     moved = start + change * slope * stats.sigmas[:-1, None]
-    return replace(stats, velocities=moved.astype(np.float32))
+    return replace(stats, velocities=moved.astype(np.float32), latents=np.zeros((0, 0, 0)))
 
 
-@pytest.mark.parametrize("gains", ["none", "unit", "cell", "trajectory"])
+@pytest.mark.parametrize("predictor", PREDICTORS)
 @pytest.mark.parametrize("change", [0.0, 1e-6, 1e-4, 1e-2, 1.0])
-def test_almost_straight_trajectories_are_no_bug(gains: str, change: float) -> None:
+def test_almost_straight_trajectories_are_no_bug(predictor: str, change: float) -> None:
     """Their errors are differences of nearly equal numbers, of which rounding is a large part."""
     stats = straight(random_stats(1), change)
     for units in UNITS:
-        plan = compile_plan(stats, 0.6, units=units, gains=gains)
-        assert plan.certificate.lower_bound <= plan.certificate.objective
+        plan = compile_plan(stats, 0.6, units=units, predictor=predictor)
+        assert plan.predicted.compute_share <= 0.6
 
 
 def test_a_prompt_without_any_error_does_not_decide_alone() -> None:
     stats = random_stats(1, prompts=5)
     velocities, deltas = stats.velocities.copy(), stats.deltas.copy()
     velocities[0], deltas[0] = 0, 0
-    with_still = replace(stats, velocities=velocities, deltas=deltas)
-    plan = compile_plan(with_still, 0.6, units=("step",))
-    assert plan.certificate.gains == "trajectory"
-    assert "nan" not in plan.provenance["gains"]
+    plan = compile_plan(replace(stats, velocities=velocities, deltas=deltas), 0.6)
+    assert plan.predicted.compute_share <= 0.6
     still = replace(stats, velocities=0 * stats.velocities, deltas=0 * stats.deltas)
-    plan = compile_plan(still, 0.6, units=("step",))
-    assert plan.provenance["gains"] in ("per-cell gains: they leave no error", "no cell predicts")
+    assert compile_plan(still, 0.6).predicted.psnr_db is None
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_few_prompts_still_make_a_plan(prompts: int) -> None:
+    plan = compile_plan(random_stats(0, steps=16, prompts=prompts), 0.5)
+    assert depth_of(plan) > 0 and plan.predicted.psnr_db is not None
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3, 5, 7, 25])
@@ -421,198 +411,29 @@ def test_the_budget_that_greedy_names_keeps_the_memory_limit(limit: int) -> None
     stats = random_stats(0)
     with pytest.raises(BudgetError, match="the tightest found for these") as error:
         compile_plan(stats, 0.05, solver="greedy", max_cache_bytes=limit)
-    share = float(str(error.value).split("fraction=")[1].split(")")[0])
-    plan = compile_plan(stats, share, solver="greedy", max_cache_bytes=limit)
+    plan = compile_plan(stats, named(error.value)[0], solver="greedy", max_cache_bytes=limit)
     assert plan.predicted.cache_bytes <= limit
 
 
 def test_milp_compiles_the_same_objective_as_dp() -> None:
     stats = random_stats(12, steps=8, groups=2, lags=3)
-    plans = [
-        compile_plan(stats, 0.6, units=("groups",), gains="cell", solver=name)
-        for name in ("dp", "milp")
-    ]
-    assert plans[0].certificate.objective == pytest.approx(plans[1].certificate.objective, rel=1e-6)
+    plans = [compile_plan(stats, 0.6, units=("groups",), solver=name) for name in ("dp", "milp")]
+    values = [plan.certificate.value for plan in plans]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert plans[0].certificate.lower_bound == pytest.approx(values[0])
 
 
-def test_the_chosen_schedule_has_the_least_error_left_out() -> None:
-    """Oracle: every candidate fitted by hand."""
-    from layercache.figures import budget_ms
-    from layercache.solver.gains import fit_gains
-
-    from layercache.compile import _problem
-    from layercache.solver.dp import DynamicProgramme
-
-    stats = random_stats(13, prompts=6)
-    options = Options()
-    candidates = DynamicProgramme(_problem(stats, options)).candidates(
-        budget_ms(stats, Budget(fraction=0.6))
-    )
-    step_ms = stats.group_ms.sum() + stats.rest_ms
-
-    def decibels_too_many(candidate: ScheduleSolution) -> float:
-        _, *groups = candidate.units
-        cells = [unit.cached.sum() for unit in groups]
-        saved = np.dot(cells, stats.group_ms) / (stats.num_steps * step_ms)
-        return float(6 + 40 * saved**2) if saved else 0.0
-
-    parts = [[c for c in candidates if (decibels_too_many(c) > 0) == cached] for cached in (0, 1)]
-    near = [c for part in parts for c in part if c.objective <= 2 * min(p.objective for p in part)]
-    assert all(parts)
-    best = min(near, key=lambda c: fit_gains(stats, c.units).score + decibels_too_many(c) / 10)
-    plan = compile_plan(stats, 0.6, gains="trajectory")
-    if decibels_too_many(best) > 0:
-        assert plan.certificate.objective == best.objective
-    else:  # moved on by the polish
-        assert all(set(unit.cells) <= {REFRESH, IDLE} for unit in plan.groups)
+def test_the_search_is_foretold_no_worse_than_what_solvers_propose() -> None:
+    stats = random_stats(13, steps=16, prompts=6)
+    for units in UNITS:
+        found = compile_plan(stats, 0.6, units=units).predicted.psnr_db
+        for solver in ("dp", "greedy"):
+            other = compile_plan(stats, 0.6, units=units, solver=solver).predicted.psnr_db
+            assert found is not None and other is not None
+            # A search looks at quick scores; the plan states a full fit.
+            assert found >= other - 1.0
 
 
-# -- multistep rows ----------------------------------------------------------------------------
-
-
-def multistep_plan(seed: int = 0, share: float = 0.5, **options: Any) -> Plan:
-    stats = random_stats(seed, steps=16, groups=2, prompts=4)
-    return compile_plan(stats, share, units=("step",), **options)
-
-
-def test_a_plan_of_whole_steps_is_a_multistep_method_by_default() -> None:
-    plan = multistep_plan()
-    assert plan.certificate.gains == "multistep" and plan.schema_version == 2
-    unit = plan.step_unit
-    assert unit is not None and unit.gains is None and unit.taps is not None
-    assert 1 <= max(map(len, unit.taps)) <= DEPTH
-    older = multistep_plan(gains="trajectory")
-    assert older.schema_version == 1
-    assert older.run_steps == plan.run_steps
-    assert older.certificate.objective == pytest.approx(plan.certificate.objective)
-
-
-def test_predicted_figures_of_a_multistep_plan_are_those_of_its_taps() -> None:
-    stats = random_stats(0, steps=16, groups=2, prompts=4)
-    plan = compile_plan(stats, 0.5, units=("step",))
-    unit = plan.step_unit
-    assert unit is not None and unit.taps is not None
-    final = turned_error(stats, plan.run_steps, unit.taps)
-    psnr = -10 * np.log10(stats.image_gain * final)
-    assert plan.predicted.psnr_db == pytest.approx(psnr.mean(), abs=1e-4)
-    assert plan.predicted.psnr_worst_db == pytest.approx(psnr.min(), abs=1e-4)
-
-
-def test_few_bytes_leave_room_for_fewer_earlier_outputs() -> None:
-    free = multistep_plan()
-    depths = set()
-    for limit in range(free.predicted.cache_bytes, 0, -8):
-        try:
-            plan = multistep_plan(max_cache_bytes=limit)
-        except BudgetError:
-            break
-        assert plan.predicted.cache_bytes <= limit
-        unit = plan.step_unit
-        assert unit is not None
-        depths.add(0 if unit.taps is None else max(map(len, unit.taps)))
-    assert len(depths) > 1
-
-
-def test_rows_that_are_predicted_to_do_harm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layercache.taps.MOST_LOSS_DB", -1000.0)
-    plan = multistep_plan()
-    assert plan.certificate.gains == "trajectory" and plan.schema_version == 1
-
-
-def test_without_history_nothing_is_predicted() -> None:
-    plan = multistep_plan(history=0)
-    assert all(unit.taps is None for unit in plan.units)
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda taps: (((0, 0.5),), *taps[1:]), "reads step 0, not one of 4 refreshes"),
-        (lambda taps: (*taps[:-1], ((0, 0.5),)), "not one of 4 refreshes before a refresh"),
-        (lambda taps: tuple(tuple((s, np.nan) for s, _ in row) for row in taps), "of nan"),
-        (lambda taps: taps[:-1], "lists of taps for 16 steps"),
-    ],
-)
-def test_verification_sees_wrong_taps(change: Any, complaint: str) -> None:
-    stats = random_stats(0, steps=16, groups=2, prompts=4)
-    plan = compile_plan(stats, 0.5, units=("step",))
-    (row,) = rows_of(stats, plan)
-    assert row.taps is not None
-    found = verify(stats, [replace(row, taps=change(row.taps))], rules_of(stats, 0.5))
-    assert any(complaint in broken for broken in found.broken), found.broken
-
-
-def test_cache_bytes_of_a_multistep_plan_are_those_of_its_cells() -> None:
-    stats = random_stats(0, steps=16, groups=2, prompts=4)
-    plan = compile_plan(stats, 0.5, units=("step",))
-    held = plan.cache_bytes({}, stats.velocity_bytes, stats.output_bytes)
-    assert plan.predicted.cache_bytes == held
-
-
-@pytest.mark.parametrize(("seed", "options"), [(3, {}), (16, {"max_gap": 2})])
-def test_a_searched_schedule_keeps_to_what_was_asked(
-    seed: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = multistep_plan(seed, **options)
-    monkeypatch.setattr("layercache.compile.MultistepSearch.better", lambda *_: None)
-    plain = multistep_plan(seed, **options)
-    assert plan.certificate.gains == "multistep"
-    assert plan.run_steps != plain.run_steps
-    assert plan.predicted.compute_share == pytest.approx(plain.predicted.compute_share)
-    assert plan.certificate.lower_bound <= plan.certificate.objective
-    gaps = np.diff(np.flatnonzero([*plan.run_steps, True]))
-    assert gaps.max() <= options.get("max_gap", 12) + 1
-
-
-@pytest.mark.parametrize("prompts", [1, 2])
-def test_few_prompts_still_make_a_plan(prompts: int) -> None:
-    stats = random_stats(0, steps=16, groups=2, prompts=prompts)
-    plan = compile_plan(stats, 0.5, units=("step",))
-    assert (plan.certificate.gains == "multistep") == (prompts > 1)
-    assert plan.predicted.psnr_db is not None
-
-
-def test_a_prompt_that_stands_still_does_not_decide_the_rows() -> None:
-    stats = random_stats(0, steps=16, groups=2, prompts=4)
-    still = stats.velocities.copy()
-    still[1] = still[1, :1]
-    plan = compile_plan(replace(stats, velocities=still), 0.5, units=("step",))
-    others = compile_plan(stats, 0.5, units=("step",))
-    assert plan.predicted.compute_share <= 0.5
-    assert all(np.isfinite(unit.taps[-1]).all() for unit in plan.units if unit.taps)
-    assert others.certificate.gains == "multistep"
-
-
-def test_one_computed_step_leaves_nothing_to_fit() -> None:
-    stats = random_stats(0, steps=3, groups=1, lags=2, prompts=3)
-    plan = compile_plan(stats, 0.34, units=("step",))
-    assert plan.run_steps == (True, False, False)
-    assert plan.schema_version == 1
-
-
-def test_a_multistep_plan_for_other_sigmas_is_restated_alike() -> None:
-    stats = random_stats(0, steps=16, groups=2, prompts=4)
-    sigmas = np.interp(np.linspace(0, 16, 13), np.arange(17), stats.sigmas)
-    plan = compile_plan(stats, 0.5, units=("step",), sigmas=sigmas)
-    assert plan.certificate.gains == "multistep"
-    again = restate(stats, plan, plan.units)
-    assert again.predicted.psnr_db == pytest.approx(plan.predicted.psnr_db)
-    assert again.predicted.cache_bytes == plan.predicted.cache_bytes
-
-
-def test_a_unit_plan_is_not_refined_under_another_pricing_rule() -> None:
-    from layercache.refine import refine_plan
-
-    plan = multistep_plan(gains="unit")
-    stats = random_stats(0, steps=16, groups=2, prompts=4)
-    with pytest.raises(LayerCacheError, match="nothing to refine"):
-        refine_plan(None, plan, stats, ["a", "b"])
-
-
-def test_rows_below_the_bound_are_refused() -> None:
-    stats = random_stats(0, steps=16, groups=2, prompts=4)
-    plan = compile_plan(stats, 0.5, units=("step",))
-    bound = 2 * plan.certificate.objective
-    wrong = plan.certificate.model_copy(update={"lower_bound": bound})
-    with pytest.raises(VerificationError, match="below the plan's lower bound"):
-        restate(stats, plan.model_copy(update={"certificate": wrong}), plan.units)
+def test_errors_are_of_the_package() -> None:
+    assert issubclass(OptionError, LayerCacheError)
+    assert issubclass(VerificationError, LayerCacheError)

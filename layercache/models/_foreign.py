@@ -98,14 +98,19 @@ def running_index(scheduler: Any) -> int | None:
     return None if index is None else int(index)
 
 
-def begin_index(scheduler: Any) -> int | None:
-    """The index at which a scheduler's run starts, None where it was not told."""
-    index = getattr(scheduler, "_begin_index", None)
-    return None if index is None else int(index)
+def first_index(scheduler: Any) -> int:
+    """The index at which a scheduler's run starts."""
+    return int(getattr(scheduler, "_begin_index", None) or 0)
 
 
-def rewind(scheduler: Any) -> None:
-    """Set a scheduler to the start of its run, as far as it counts its steps."""
+def starts_anywhere(scheduler: Any) -> bool:
+    """Whether a scheduler has not been told where its run starts: its first `step` finds out."""
+    known = [getattr(scheduler, name, None) for name in ("_step_index", "_begin_index")]
+    return hasattr(scheduler, "_step_index") and known == [None, None]
+
+
+def start_over(scheduler: Any) -> None:
+    """Put a scheduler at the first step of its schedule, also where a run is to begin late."""
     for name, value in (("_step_index", None), ("_begin_index", 0)):
         if hasattr(scheduler, name):
             setattr(scheduler, name, value)

@@ -7,14 +7,14 @@ after guidance of whatever kind. Only the instance is patched, and the patch is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layercache.models._foreign import begin_index, counts_steps, rewind, running_index
+from layercache.models._foreign import first_index, running_index, start_over
 from layercache.models.patching import wrap_method
 
 _EULER = 1e-4
@@ -64,13 +64,7 @@ def step_index(scheduler: Any) -> int:
     at `begin_index` (set by image-to-image pipelines) or at 0.
     """
     index = running_index(scheduler)
-    return (begin_index(scheduler) or 0) if index is None else index
-
-
-def starts_anywhere(scheduler: Any) -> bool:
-    """Whether the scheduler has not been told where its run starts: its first `step` finds out."""
-    told = begin_index(scheduler) is not None or running_index(scheduler) is not None
-    return counts_steps(scheduler) and not told
+    return first_index(scheduler) if index is None else index
 
 
 def sigmas_of(scheduler: Any) -> tuple[float, ...]:
@@ -144,32 +138,56 @@ def tap_step(
     return wrap_method(scheduler, "step", step)
 
 
-def solver_of(scheduler: Any) -> str:
-    """How a scheduler moves the latent: `"euler"`, `"noisy"` or `"other"`.
+def walk(
+    scheduler: Any, velocities: Sequence[Tensor], sample: Tensor
+) -> tuple[list[Tensor], bool] | None:
+    """Let a copy of a scheduler take the first steps of the schedule that is set.
 
-    Found out on a copy, which takes the first steps of the schedule on a handful of numbers:
-    `"euler"` moves by (sigma_{t+1} - sigma_t) v_t, `"noisy"` draws random numbers. One that cannot
-    be tried out like that counts as Euler's, which is left to itself.
+    Args:
+        scheduler: With timesteps set; it is not changed, nor is any random state.
+        velocities: The model outputs, one a step.
+        sample: Where to start, on the CPU.
+
+    Returns:
+        The sample after each step, and whether random numbers were drawn; None for a scheduler that
+        wants more than every pipeline gives it.
     """
     trial = copy.deepcopy(scheduler)
-    generator = torch.Generator().manual_seed(0)
-    solver = "euler"
+    samples = []
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
         try:
             for name in ("sigmas", "timesteps"):
                 setattr(trial, name, getattr(trial, name).cpu())
-            # From the start, also where the run is to begin late.
-            rewind(trial)
-            sigmas = trial.sigmas.tolist()
-            sample = torch.randn(1, 4, 2, 2, generator=generator)
-            for index, timestep in enumerate(trial.timesteps[:_TRIED]):
-                velocity = torch.randn(sample.shape, generator=generator)
-                expected = sample + (sigmas[index + 1] - sigmas[index]) * velocity
+            start_over(trial)
+            for velocity, timestep in zip(velocities, trial.timesteps, strict=False):
                 # Of the class, since what was put on an instance may act on another one.
                 sample = moved_sample(type(trial).step(trial, velocity, timestep, sample))
-                if not torch.allclose(sample, expected, atol=_EULER):
-                    solver = "other"
+                samples.append(sample)
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
-            return "euler"
-        return solver if torch.equal(before, torch.get_rng_state()) else "noisy"
+            return None
+        return samples, not torch.equal(before, torch.get_rng_state())
+
+
+def solver_of(scheduler: Any) -> str:
+    """How a scheduler moves the latent: `"euler"`, `"noisy"` or `"other"`.
+
+    Found out on a few steps with a handful of numbers: `"euler"` moves by (sigma_{t+1} - sigma_t)
+    v_t, `"noisy"` draws random numbers. One that cannot be tried out like that counts as Euler's,
+    which is left to itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sample, *velocities = torch.randn(1 + _TRIED, 1, 4, 2, 2, generator=generator)
+    walked = walk(scheduler, velocities, sample)
+    if walked is None:
+        return "euler"
+    samples, drawn = walked
+    if drawn:
+        return "noisy"
+    sigmas = scheduler.sigmas.tolist()
+    for index, reached in enumerate(samples):
+        expected = sample + (sigmas[index + 1] - sigmas[index]) * velocities[index]
+        if not torch.allclose(reached, expected, atol=_EULER):
+            return "other"
+        sample = reached
+    return "euler"

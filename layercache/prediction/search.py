@@ -31,13 +31,18 @@ class Effort:
     Attributes:
         stride: Levels are so many steps apart.
         parts: Finer levels from one level to the next.
-        grown: Neighbours drawn from the schedule that grew out of the level before.
+        every: At every so many levels the schedule that grew out of the level before is annealed at
+            length: one long annealing finds more than four short ones.
+        grown: Neighbours drawn from it there.
+        between: Neighbours drawn from it at the levels between.
         fresh: Neighbours drawn from every other start.
     """
 
     stride: int
     parts: int
+    every: int
     grown: int
+    between: int
     fresh: int
 
 
@@ -47,8 +52,9 @@ def effort_for(table: Table) -> Effort:
     Evaluations are slower where groups are cached, and schedules there have many more cells.
     """
     if not table.groups:
-        return Effort(stride=1, parts=1, grown=150, fresh=60)
-    return Effort(stride=2, parts=2 * (len(table.groups) + 1), grown=50, fresh=15)
+        return Effort(stride=1, parts=1, every=4, grown=1200, between=80, fresh=20)
+    parts = 2 * (len(table.groups) + 1)
+    return Effort(stride=2, parts=parts, every=4, grown=120, between=30, fresh=15)
 
 
 FEW = 6
@@ -99,21 +105,24 @@ class Search:
 
     def best(self, budget_ms: float) -> Found | None:
         """The best schedule within a budget; None if none was found at all."""
-        wanted = int(np.floor(budget_ms / self._part_ms * (1 + 1e-9) + 1e-9))
-        wanted = min(max(wanted, 0), self._fine)
+        wanted = self._fine_level(budget_ms)
         while len(self._found) <= wanted:
             self._found.append(next(self._levels))
         return self._found[wanted]
 
     def near(self, budget_ms: float, rise: float) -> list[Found]:
-        """The best within a budget, and those of smaller budgets that come within a rise of it."""
+        """The best within a budget, and those of lower levels that come within a rise of it."""
         best = self.best(budget_ms)
         if best is None:
             return []
-        wanted = int(np.floor(budget_ms / self._part_ms * (1 + 1e-9) + 1e-9))
-        others = [found for found in self._found[: wanted + 1] if found is not None]
-        close = [found for found in others if found.score <= best.score + rise]
-        return list({found.computed.tobytes(): found for found in reversed(close)}.values())
+        levels = self._found[: self._fine_level(budget_ms) : self.effort.parts]
+        close = [found for found in [best, *levels[::-1]] if found is not None]
+        close = [found for found in close if found.score <= best.score + rise]
+        return list({found.computed.tobytes(): found for found in close}.values())
+
+    def _fine_level(self, budget_ms: float) -> int:
+        level = int(np.floor(budget_ms / self._part_ms * (1 + 1e-9) + 1e-9))
+        return min(max(level, 0), self._fine)
 
     def score(self, computed: BoolArray) -> float:
         """The model's score, each schedule's once."""
@@ -145,7 +154,9 @@ class Search:
         if grown is not None:
             # Up to the level even where that helps only after something has moved.
             used_up = self._grow(grown, budget, always=True)
-            starts.append((used_up.computed, self.effort.grown))
+            level = seed // self.effort.parts
+            trials = self.effort.grown if level % self.effort.every == 0 else self.effort.between
+            starts.append((used_up.computed, trials))
         fresh = distinct([*table.uniform(budget), *self.propose(budget)])
         starts += [(start, self.effort.fresh) for start in fresh]
         results = [(grown.computed, grown.score)] if grown is not None else []

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from layercache.models._foreign import counts_steps
-from layercache.models.stepping import sigmas_of, starts_anywhere, step_index
+from layercache.models._foreign import counts_steps, starts_anywhere
+from layercache.models.stepping import sigmas_of, step_index
 from layercache.runtime.groups import Branch
 
 SIGMA_TOLERANCE = 1e-4

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from layercache.errors import ModelMismatchError
+from layercache.models._foreign import starts_anywhere
 from layercache.models.adapters import blocks_of
 from layercache.models.calling import call_setting, latent_shape
 from layercache.models.fingerprint import setting_of
@@ -26,7 +27,6 @@ from layercache.models.stepping import (
     moved_sample,
     sigmas_of,
     solver_of,
-    starts_anywhere,
     tap_step,
 )
 from layercache.runtime.arithmetic import device_of, signature
