@@ -205,8 +205,6 @@ class Plan(Frozen):
                 unit.schedule(self.sigmas)
         except PlanError as error:
             raise ValueError(str(error)) from error
-        told = {"generator": self.generator, "component": self.component, "setting": self.setting}
-        require_plain({**told, "model": self.model.model_dump(), "provenance": self.provenance})
         return self
 
     def _check_places(self) -> None:

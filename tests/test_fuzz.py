@@ -292,6 +292,17 @@ def test_pipeline_arguments_of_any_text_end_with_an_exit_code(folder: Path, valu
     exits("check", folder / "none.json", "--call", json.dumps(value))
 
 
+@pytest.mark.parametrize("option", ["--forced", "--sigmas", "--units", "--budget"])
+@pytest.mark.parametrize("text", ["a", "1,,x", "nan", "inf", "1e999", "-1", "9" * 30, "0.5.5", ","])
+def test_options_of_any_text_end_with_an_exit_code(
+    folder: Path, members: dict[str, bytes], option: str, text: str
+) -> None:
+    (folder / "good.npz").write_bytes(archive_of(members))
+    budget = [] if option == "--budget" else ["--budget", "0.6"]
+    out = folder / "compiled.json"
+    exits("compile", folder / "good.npz", *budget, f"{option}={text}", "--out", out)
+
+
 @pytest.mark.parametrize("name", ["é.json", "\udcff.json"])
 def test_names_that_no_terminal_can_show_end_with_an_exit_code(
     folder: Path, members: dict[str, bytes], name: str

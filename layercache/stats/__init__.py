@@ -142,7 +142,7 @@ class CalibrationStats:
         if self.amplification.size == 0:
             ones = np.ones(self.velocities.shape[:2])
             object.__setattr__(self, "amplification", ones)
-        steps = max(len(self.sigmas) - 1, 0)
+        steps = max(self.sigmas.size - 1, 0)
         if self.loads.size == 0:
             object.__setattr__(self, "loads", np.ones((steps, len(self.groups) + 1)))
         if self.segments.size == 0:
