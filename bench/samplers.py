@@ -3,8 +3,8 @@
     python -m bench.samplers [--steps 20] [--calibration 4] [--validation 8] [--json] [--quick]
 
 The question is whether a plan's figures are as true under one sampler as under another. For each,
-statistics of calibration prompts are measured, default plans are compiled at 1.5x and 2x, and run on
-validation prompts; `fewer steps` is the same sampler at as many steps as the plan computes. PSNR in
+statistics of calibration prompts are measured, default plans are compiled at 1.5x and 2x, and run
+on validation prompts; `fewer steps` is the same sampler at as many steps as the plan computes. PSNR in
 dB against the uncached images of the same sampler, means over prompts. Nothing here sees a held-out
 prompt.
 """
@@ -103,6 +103,14 @@ def measure(name: str, steps: int, calibration: int, validation: int) -> list[di
     return rows
 
 
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['sampler']:<10}{row['speedup']:>4.1f}x  {row['computed']:>3} computed"
+        f"  predicted {row['predicted']:5.1f}  seen {row['seen']:5.1f}"
+        f"  median {row['median']:5.1f}  fewer steps {row['fewer_steps']:5.1f}"
+    )
+
+
 def main() -> None:
     """Measure every sampler and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,12 +127,7 @@ def main() -> None:
             for row in measure(name, *sizes):
                 rows.append(row)
                 if not options.json:
-                    print(
-                        f"{row['sampler']:<10}{row['speedup']:>4.1f}x  {row['computed']:>3} computed"
-                        f"  predicted {row['predicted']:5.1f}  seen {row['seen']:5.1f}"
-                        f"  median {row['median']:5.1f}  fewer steps {row['fewer_steps']:5.1f}",
-                        flush=True,
-                    )
+                    print(_line(row), flush=True)
     if options.json:
         print(json.dumps(rows))
 
