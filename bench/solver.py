@@ -10,8 +10,6 @@
 - `greedy_gap_median`, `greedy_gap_worst`: (greedy - dp) / dp over 200 random instances and over 20
   calibrated ones, groups only: the reference model, calibrated on four prompts with eight groups
   before the clock starts (about a minute), or the statistics of `--stats FILE`.
-- `joint_gap_median`, `joint_gap_worst`: (objective - lower bound) / objective of dp on the same
-  statistics with the step unit, at 20 budgets.
 - Growth: times over steps and over units, with fitted exponents.
 
 One thread; the tables' prices are computed before the clock starts, since every solver needs them.
@@ -42,8 +40,8 @@ import numpy as np
 from layercache import CalibrationStats
 from layercache.solver import SOLVERS, ScheduleProblem, UnitCosts
 from layercache.solver import milp as milp_module
-from layercache.solver.dp import solve_many
-from layercache.solver.pricing import price_units
+from layercache.costs import cell_ms, full_ms
+from layercache.prediction import price
 
 LAGS = 8
 
@@ -109,14 +107,13 @@ def instance(
             UnitCosts(
                 name=f"g{index}",
                 kind="group",
-                refresh_ms=float(rng.uniform(0.8, 1.2)),
+                compute_ms=np.full(steps, rng.uniform(0.8, 1.2)),
                 residual_bytes=1,
                 errors=errors,
             )
         )
-    full = steps * sum(row.refresh_ms for row in rows)
+    full = sum(float(row.compute_ms.sum()) for row in rows)
     problem = ScheduleProblem(
-        sigmas=np.linspace(1, 0, steps + 1),
         units=tuple(rows),
         budget_ms=share * full,
         history=1,
@@ -144,18 +141,12 @@ def reference_stats(count: int, steps: int) -> CalibrationStats:
     )
 
 
-def calibrated(
-    stats: CalibrationStats, share: float, units: tuple[str, ...] = ("groups",)
-) -> ScheduleProblem:
-    """The problem of some statistics at a share of the compute, as published: history 1, gain 1."""
-    priced = price_units(stats, units, "unit")
-    full = stats.num_steps * (float(stats.group_ms.sum()) + stats.rest_ms)
+def calibrated(stats: CalibrationStats, share: float) -> ScheduleProblem:
+    """The problem of some statistics at a share of the compute, as published."""
     problem = ScheduleProblem(
-        sigmas=stats.sigmas,
-        units=tuple(unit.costs for unit in priced),
-        budget_ms=share * full,
-        fixed_ms=0.0 if "step" in units else stats.num_steps * stats.rest_ms,
-        history=1,
+        units=price(stats, ("groups",), "published"),
+        budget_ms=share * full_ms(stats),
+        fixed_ms=float(cell_ms(stats)[:, -1].sum()),
     )
     _ = problem.prices
     return problem
@@ -164,13 +155,6 @@ def calibrated(
 def shares(count: int) -> list[float]:
     """Budgets from 0.35 to 0.9 of the compute."""
     return [float(share) for share in np.linspace(0.35, 0.9, count)]
-
-
-def joint_gaps(stats: CalibrationStats, count: int) -> list[float]:
-    """Certified gaps of dp with the step unit, one pass over the fronts for all budgets."""
-    problem = calibrated(stats, 1.0, ("step", "groups"))
-    budgets = [share * problem.budget_ms for share in shares(count)]
-    return [solution.gap for solution in solve_many(problem, budgets)]
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
@@ -267,8 +251,8 @@ def measure(size: Size, stats: CalibrationStats) -> dict[str, Any]:
         "dp_60_s": seconds(lambda: SOLVERS["dp"](small), repeats),
         "dp_60_peak_mb": peak_mb(lambda: SOLVERS["dp"](small)),
         "dp_120_s": seconds(lambda: SOLVERS["dp"](large), min(3, repeats)),
-        "dp_60_gap": SOLVERS["dp"](small).gap,
-        "dp_120_gap": SOLVERS["dp"](large).gap,
+        "dp_60_status": SOLVERS["dp"](small).status,
+        "dp_120_status": SOLVERS["dp"](large).status,
     }
     figures["milp"] = against_milp(size)
     figures["milp_over_dp"] = figures["milp"]["milp_s"] / figures["milp"]["dp_s"]
@@ -282,9 +266,6 @@ def measure(size: Size, stats: CalibrationStats) -> dict[str, Any]:
             "median": statistics.median(values),
             "worst": max(values),
         }
-    joint = joint_gaps(stats, size.shares)
-    figures["joint_gap_median"] = statistics.median(joint)
-    figures["joint_gap_worst"] = max(joint)
     figures["growth"] = growth(size)
     return figures
 
@@ -296,9 +277,9 @@ def report(figures: dict[str, Any]) -> str:
         "solvers, one thread",
         f"  greedy, 50 steps x 60 groups    {figures['greedy_60_ms']:9.1f} ms",
         f"  dp, 50 x 60                     {1e3 * figures['dp_60_s']:9.1f} ms, peak "
-        f"{figures['dp_60_peak_mb']:.0f} MB, gap {figures['dp_60_gap']:.1e}",
-        f"  dp, 100 x 120                   {1e3 * figures['dp_120_s']:9.1f} ms, gap "
-        f"{figures['dp_120_gap']:.1e}",
+        f"{figures['dp_60_peak_mb']:.0f} MB, {figures['dp_60_status']}",
+        f"  dp, 100 x 120                   {1e3 * figures['dp_120_s']:9.1f} ms, "
+        f"{figures['dp_120_status']}",
         f"  milp, {milp['steps']} x {milp['units']:<26} {1e3 * milp['milp_s']:9.1f} ms, dp "
         f"{1e3 * milp['dp_s']:.2f} ms: dp is {figures['milp_over_dp']:.0f} times faster, objective "
         f"ratio {milp['objective_ratio']:.9f}",
@@ -309,10 +290,6 @@ def report(figures: dict[str, Any]) -> str:
             f"  greedy over dp, {kind:<10} ({gap['instances']:>3})     median "
             f"{100 * gap['median']:.1f} %, worst {100 * gap['worst']:.1f} %"
         )
-    lines.append(
-        f"  dp with the step unit, calibrated: certified gap, median "
-        f"{100 * figures['joint_gap_median']:.1f} %, worst {100 * figures['joint_gap_worst']:.1f} %"
-    )
     for name in ("greedy", "dp"):
         for axis in ("steps", "units"):
             times = "  ".join(

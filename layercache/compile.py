@@ -29,7 +29,6 @@ from layercache.prediction import (
     Fit,
     Search,
     Table,
-    mean_log10,
     predicted_psnr,
     price,
     resample,
@@ -233,7 +232,7 @@ class _Compiler:
                     certificate = Certificate(
                         solver="search", objective="score", value=fit.score, starts=found.starts
                     )
-                if best is None or mean_log10(fit.error) < mean_log10(best.fit.error):
+                if best is None or fit.score < best.fit.score:
                     best = _Choice(fit, certificate)
         if best is not None:
             yield best

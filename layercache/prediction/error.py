@@ -29,11 +29,13 @@ Beside S goes a variance D of what is known by its size only, for each prompt:
 So far an error grows *along* its own direction, which is what a row has to pay back on arrival. Over
 many rows growth turns it into directions that only the model knows. The other extreme, with the same
 taps, is that all that grows is *turned* away: S_e = S_a + ..., and (g^2 - 1) ||S_a||^2 more in D_e.
-The truth lies between. A plan states the second, ||S||^2 + D at the end, which on the reference model
-is within 1 or 2 dB of what comes out (the first is 3 to 7 dB too good); the *score* that schedules
-are compared by is the mean over prompts of log10 of both. Measured over 12 good schedules of one
-budget, the correlation of mean PSNR with the first, the second and the score was 0.54, 0.76 and 0.67,
-and of ranks, over 15 schedules, 0.81, 0.87 and 0.90.
+The truth lies between, and the error that is foretold is the geometric mean of both, ||S||^2 + D at
+the end. The *score* that schedules are compared by is the mean over prompts of its log10. (Mean PSNR
+on 32 validation prompts at 0.73, 0.50, 0.33 and 0.25 of the compute: with guidance and 50 steps, seen
+67 / 59 / 51 / 43 dB, foretold 71 / 64 / 58 / 51 along and 67 / 59 / 50 / 44 turned; without, at 28
+steps, seen 69 / 57 / 49 / 41, foretold 70 / 60 / 51 / 44 and 65 / 53 / 40 / 38. Over 12 good schedules
+of one budget the correlation of mean PSNR with either and with the score was 0.54, 0.76 and 0.67,
+and of ranks, over 15 schedules, 0.81, 0.87 and 0.90.)
 
 Statistics of mode `"residual"` know no directions between groups: delta_t is 0 then, and all of
 (sum_g ||delta_g||)^2 is in I_t.
@@ -125,15 +127,18 @@ class Fit:
         computed: (T, 1+G) computed cells, of the step unit and of each group.
         taps: A row a step, of the step unit.
         cells: For each group its cached cells, by step.
-        score: What schedules are compared by; minus infinity if nothing is off.
         error: (P,) mean squared error per element of the final latent, as foretold.
     """
 
     computed: BoolArray
     taps: tuple[tuple[float, ...], ...]
     cells: tuple[dict[int, Cell], ...]
-    score: float
     error: FloatArray
+
+    @property
+    def score(self) -> float:
+        """What schedules are compared by: mean log10 of the error; minus infinity without any."""
+        return mean_log10(self.error)
 
     @property
     def exact(self) -> bool:
@@ -212,14 +217,11 @@ class ErrorModel:
             for group, sources in stretch.cells:
                 assert self.groups is not None
                 cells[group][stretch.start] = self.groups.cell(stretch.start, group, sources)
-        along, turned = self._errors(trail[-1][1])
-        score = (mean_log10(along) + mean_log10(turned)) / 2
-        return Fit(computed, tuple(taps), cells, score, turned)
+        return Fit(computed, tuple(taps), cells, self._error(trail[-1][1]))
 
     def score(self, computed: BoolArray) -> float:
         """The score of a schedule, rounded so that machines agree on it."""
-        along, turned = self._errors(self._walk(self.stretches(computed))[-1][1])
-        return round((mean_log10(along) + mean_log10(turned)) / 2, 6)
+        return round(mean_log10(self._error(self._walk(self.stretches(computed))[-1][1])), 6)
 
     def relief(self, computed: BoolArray, more: BoolArray) -> float:
         """What one more computed cell takes away by itself, rounded: log10 of its squared error."""
@@ -257,10 +259,10 @@ class ErrorModel:
             found.append(Stretch(start, stop, tuple(cells), moved))
         return found
 
-    def _errors(self, state: _State) -> FloatArray:
-        """(2, P) squared errors per element, growth along and turned."""
-        square = np.einsum("kpn,kpn->kp", state.error, state.error)
-        error: FloatArray = (square + state.drift) * (self.growth[-1] ** 2 / self.numel)
+    def _error(self, state: _State) -> FloatArray:
+        """(P,) squared error per element: the geometric mean of growth along and turned."""
+        along, turned = np.einsum("kpn,kpn->kp", state.error, state.error) + state.drift
+        error: FloatArray = np.sqrt(along * turned) * (self.growth[-1] ** 2 / self.numel)
         return error
 
     def _walk(self, stretches: Sequence[Stretch]) -> list[tuple[Stretch, _State]]:
