@@ -38,10 +38,10 @@ from typing import Any
 import numpy as np
 
 from layercache import CalibrationStats
-from layercache.solver import SOLVERS, ScheduleProblem, UnitCosts
-from layercache.solver import milp as milp_module
 from layercache.costs import cell_ms, full_ms
 from layercache.prediction import price
+from layercache.solver import SOLVERS, ScheduleProblem, UnitCosts
+from layercache.solver import milp as milp_module
 
 LAGS = 8
 

@@ -1,7 +1,7 @@
 """`verify`: every figure of a plan again, from the plan as it will be read and the statistics.
 
-This file shares no code with the solvers, the prediction or the plan's own resolving of rows, and is
-written for plainness instead of speed: every vector is formed, every rule is one check. It reads
+This file shares no code with the solvers, the prediction or the plan's own resolving of rows, and
+is written for plainness instead of speed: every vector is formed, every rule is one check. It reads
 `cells`, `taps`, `budget` and `asked`, and recomputes
 
 - the rules: what may be cached, anchors and gaps, forced steps, segments, what was measured;
@@ -224,7 +224,7 @@ def _growth(stats: CalibrationStats) -> list[float]:
 
 
 def _delta(stats: CalibrationStats, row: _Row, step: int, prompt: int) -> FloatArray:
-    """(S,) what a cached cell of a group moves the velocity by: sum of c D, the c adding up to 1."""
+    """(S,) what a cached cell of a group moves the velocity by: c D added up, the c being 1."""
     anchor, reads = row.anchor[step], row.reads[step]
     assert anchor is not None
     shares = {anchor: 1 + sum(reads.values())} | {source: -b for source, b in reads.items()}
