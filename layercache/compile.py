@@ -42,8 +42,8 @@ from layercache.stats import CalibrationStats
 from layercache.verify import verify
 
 Progress = Callable[[int, int], None]
-NEAR = 0.5
-"""Schedules of lower levels whose quick scores are so close (5 dB) are fitted in full too, and what
+NEAR = 1.0
+"""Schedules of lower levels whose quick scores are so close (10 dB) are fitted in full too, and what
 is foretold best is taken: a larger budget is then never foretold worse."""
 
 

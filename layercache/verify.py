@@ -299,10 +299,14 @@ def _final_error(
 def _objective(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> float:
     """The score, or the sum of prices: each cell reuses or predicts, whichever is cheaper."""
     if plan.certificate.objective == "score":
-        prompts = range(stats.num_prompts)
-        errors = np.array([_final_error(stats, rows, p, turns=False) for p in prompts])
-        largest = float(errors.max())
-        return float(np.log10(np.maximum(errors, 1e-12 * largest)).mean()) if largest else -math.inf
+        found = []
+        for turns in (False, True):
+            prompts = range(stats.num_prompts)
+            errors = np.array([_final_error(stats, rows, p, turns=turns) for p in prompts])
+            if errors.max() <= 0:
+                return -math.inf
+            found.append(float(np.log10(np.maximum(errors, 1e-12 * errors.max())).mean()))
+        return sum(found) / 2
     total = 0.0
     for row in rows:
         for step in range(stats.num_steps):

@@ -30,7 +30,7 @@ def depth_of(plan: Plan) -> int:
 
 
 @pytest.mark.parametrize(
-    ("units", "predictor", "solver"), itertools.product(UNITS, PREDICTORS, SOLVERS)
+    ("units", "predictor", "solver"), list(itertools.product(UNITS, PREDICTORS, SOLVERS))
 )
 def test_every_kind_of_plan_keeps_its_budget_and_round_trips(
     units: tuple[str, ...], predictor: str, solver: str, tmp_path: Path
@@ -239,7 +239,8 @@ def test_a_larger_budget_is_never_foretold_worse_and_is_used(units: tuple[str, .
         psnr = np.inf if plan.predicted.psnr_db is None else plan.predicted.psnr_db
         assert psnr >= last
         last = psnr
-        step = 1 / 16 if "step" in units else 0.03 * share
+        # To the nearest whole step, or to the nearest cell of a group.
+        step = 1 / 16 if "step" in units else 0.03 * share + 1 / 48
         assert plan.predicted.compute_share >= share - step - 1e-9
 
 

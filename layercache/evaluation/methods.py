@@ -74,6 +74,6 @@ class LayerCache:
     def attach(self, pipe: Any) -> AbstractContextManager[Any]:
         """Apply the plan."""
         context: AbstractContextManager[Any] = apply_plan(
-            pipe, self.plan, component=getattr(self.plan, "component", "transformer")
+            pipe, self.plan, component=self.plan.component
         )
         return context

@@ -66,15 +66,17 @@ class Table:
         return self.spent(computed) <= budget_ms + BUDGET_RTOL * abs(budget_ms)
 
     def allowed(self, computed: BoolArray) -> bool:
-        """Whether every cached cell is near enough to its anchor, and fixed steps are computed."""
+        """Whether what is cached may be, and is near enough to its anchor."""
         if not computed[self.fixed].all():
             return False
         run = np.flatnonzero(computed[:, 0])
         if np.diff(np.append(run, self.steps)).max() > self.step_reach + 1:
             return False
-        for group in self.groups:
+        for group in range(computed.shape[1] - 1):
             own = computed[run, 1 + group]
             if not own.all():
+                if group not in self.groups:
+                    return False
                 anchors = np.maximum.accumulate(np.where(own, run, 0))
                 if (run - anchors).max() > self.group_reach:
                     return False

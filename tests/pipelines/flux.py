@@ -165,8 +165,7 @@ _FLUX2 = (
     _entry("Flux2KleinInpaintPipeline", "inpaint", {"guidance_scale": 3.0, **_PAINT},
            _build2("Flux2KleinInpaintPipeline"), _guided2, partial=True),
     _entry("Flux2KleinKVPipeline", "edit, keys and values kept", {"image": _image2},
-           _build2("Flux2KleinKVPipeline"), _prompt2,
-           refused="the model keeps the first step's keys and values for the later steps"),
+           _build2("Flux2KleinKVPipeline"), _prompt2),
 )  # fmt: skip
 
 ENTRIES = (*_FLUX, *_FLUX2)

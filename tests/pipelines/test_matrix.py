@@ -24,12 +24,11 @@ from layercache.runtime import apply_plan
 from layercache.stats import CalibrationStats
 from tests.pipelines.entry import Entry
 from tests.pipelines.observe import SEED, Observed, observe, run
-from tests.pipelines.registry import ENTRIES
+from tests.pipelines.registry import ENTRIES, SLACK_DB
 
 WORKING = [entry for entry in ENTRIES if not entry.refused]
 REFUSED = [entry for entry in ENTRIES if entry.refused]
 SPEEDUP = 1.3
-SLACK_DB = 8.0
 
 
 def measured(entry: Entry, pipe: Any, **options: Any) -> CalibrationStats:
