@@ -132,7 +132,10 @@ def test_the_solver_imports_only_numpy_and_in_milp_scipy() -> None:
             assert third_party <= ({"numpy", "scipy"} if path.stem == "milp" else {"numpy"})
 
 
-@pytest.mark.parametrize("module", ["layercache", "layercache.compile", "layercache.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["layercache", "layercache.compile", "layercache.cli", "layercache.runtime.executor"],
+)
 def test_importing_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(sorted(set(sys.modules) & {HEAVY!r}) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
