@@ -4,9 +4,9 @@
 
 The question is whether a plan's figures are as true under one sampler as under another. For each,
 statistics of calibration prompts are measured, default plans are compiled at 1.5x and 2x, and run
-on validation prompts; `fewer steps` is the same sampler at as many steps as the plan computes. PSNR in
-dB against the uncached images of the same sampler, means over prompts. Nothing here sees a held-out
-prompt.
+on validation prompts; `fewer steps` is the same sampler at as many steps as the plan computes. PSNR
+in dB against the uncached images of the same sampler, means over prompts. Nothing here sees a
+held-out prompt.
 """
 
 from __future__ import annotations
