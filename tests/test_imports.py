@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"errors"},
     "_plan_rows": {"errors"},
     "costs": {"stats", "_plan_rows"},
-    "plan": {"errors", "_json", "stats", "options", "costs", "_plan_rows"},
+    "_plan_parts": {"errors", "stats", "costs", "_plan_rows"},
+    "plan": {"errors", "_json", "stats", "options", "costs", "_plan_parts", "_plan_rows"},
     "solver": {"errors"},
     "prediction": {"errors", "stats", "costs", "solver"},
     "verify": {"errors", "stats", "plan", "prediction"},
@@ -44,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "stats", "plan", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "_json", "stats", "options", "_plan_rows", "costs", "plan", "solver", "prediction",
+    "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "plan", "solver",
+    "prediction",
     "verify", "compile", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}

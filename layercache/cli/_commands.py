@@ -32,7 +32,7 @@ from layercache.cli._options import (
     remove_parts,
 )
 from layercache.cli._running import evaluate, refine
-from layercache.options import PREDICTORS, SOLVERS
+from layercache.options import PREDICTORS, SOLVERS, whole
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats, merge_all
 
@@ -218,7 +218,7 @@ def compile_command(
         predictor=predictor,
         max_cache_bytes=max_cache_bytes,
         max_gap=max_gap,
-        forced=_numbers("--forced", forced),
+        forced=tuple(whole("a forced step", step) for step in _numbers("--forced", forced)),
         sigmas=_numbers("--sigmas", sigmas) or None,
     )
     hand_out(plan, out, as_json)
