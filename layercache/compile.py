@@ -2,8 +2,8 @@
 
     price(stats)  ->  propose (solver)  ->  fit taps and score  ->  search  ->  Plan.of  ->  verify
 
-Prices are separable, and solvers propose schedules on them (`prediction.prices`, `solver`). The error
-model fits taps and scores schedules (`prediction.error`); the search makes that score small
+Prices are separable, and solvers propose schedules on them (`prediction.prices`, `solver`). The
+error model fits taps and scores schedules (`prediction.error`); the search makes that score small
 (`prediction.search`). The plan states what the error model foretells, and `verify` computes every
 figure of it again from the statistics.
 """
@@ -29,7 +29,6 @@ from layercache.prediction import (
     Fit,
     Search,
     Table,
-    mean_log10,
     predicted_psnr,
     price,
     resample,
@@ -42,9 +41,9 @@ from layercache.stats import CalibrationStats
 from layercache.verify import verify
 
 Progress = Callable[[int, int], None]
-NEAR = 0.5
-"""Schedules of lower levels whose quick scores are so close (5 dB) are fitted in full too, and what
-is foretold best is taken: a larger budget is then never foretold worse."""
+NEAR = 1.0
+"""Schedules of lower levels whose quick scores are so close (10 dB) are fitted in full too, and
+what is foretold best is taken: a larger budget is then never foretold worse."""
 
 
 def compile_plan(
@@ -233,7 +232,7 @@ class _Compiler:
                     certificate = Certificate(
                         solver="search", objective="score", value=fit.score, starts=found.starts
                     )
-                if best is None or mean_log10(fit.error) < mean_log10(best.fit.error):
+                if best is None or fit.score < best.fit.score:
                     best = _Choice(fit, certificate)
         if best is not None:
             yield best

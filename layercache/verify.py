@@ -1,7 +1,7 @@
 """`verify`: every figure of a plan again, from the plan as it will be read and the statistics.
 
-This file shares no code with the solvers, the prediction or the plan's own resolving of rows, and is
-written for plainness instead of speed: every vector is formed, every rule is one check. It reads
+This file shares no code with the solvers, the prediction or the plan's own resolving of rows, and
+is written for plainness instead of speed: every vector is formed, every rule is one check. It reads
 `cells`, `taps`, `budget` and `asked`, and recomputes
 
 - the rules: what may be cached, anchors and gaps, forced steps, segments, what was measured;
@@ -96,7 +96,7 @@ def recompute(stats: CalibrationStats, plan: Plan) -> Verification:
         speedup=(full + outside) / (cost + outside),
         compute_share=cost / full,
         cache_bytes=_peak_bytes(stats, rows),
-        error=np.array([_final_error(stats, rows, p) for p in range(stats.num_prompts)]),
+        error=np.array([_foretold(stats, rows, p) for p in range(stats.num_prompts)]),
         objective=_objective(stats, plan, rows),
     )
 
@@ -224,7 +224,7 @@ def _growth(stats: CalibrationStats) -> list[float]:
 
 
 def _delta(stats: CalibrationStats, row: _Row, step: int, prompt: int) -> FloatArray:
-    """(S,) what a cached cell of a group moves the velocity by: sum of c D, the c adding up to 1."""
+    """(S,) what a cached cell of a group moves the velocity by: c D added up, the c being 1."""
     anchor, reads = row.anchor[step], row.reads[step]
     assert anchor is not None
     shares = {anchor: 1 + sum(reads.values())} | {source: -b for source, b in reads.items()}
@@ -247,8 +247,14 @@ def _is_euler(stats: CalibrationStats) -> bool:
     return True
 
 
+def _foretold(stats: CalibrationStats, rows: Sequence[_Row], prompt: int) -> float:
+    """Geometric mean of the final errors with all growth along, and with all of it turned."""
+    both = [_final_error(stats, rows, prompt, turns=turns) for turns in (False, True)]
+    return math.sqrt(both[0] * both[1])
+
+
 def _final_error(
-    stats: CalibrationStats, rows: Sequence[_Row], prompt: int, *, turns: bool = True
+    stats: CalibrationStats, rows: Sequence[_Row], prompt: int, *, turns: bool
 ) -> float:
     """Squared error per element of the final latent: ||S||^2 + D, what grows in S turned or not."""
     sigma, growth = [float(s) for s in stats.sigmas], _growth(stats)
@@ -299,10 +305,10 @@ def _final_error(
 def _objective(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> float:
     """The score, or the sum of prices: each cell reuses or predicts, whichever is cheaper."""
     if plan.certificate.objective == "score":
-        prompts = range(stats.num_prompts)
-        errors = np.array([_final_error(stats, rows, p, turns=False) for p in prompts])
-        largest = float(errors.max())
-        return float(np.log10(np.maximum(errors, 1e-12 * largest)).mean()) if largest else -math.inf
+        errors = np.array([_foretold(stats, rows, p) for p in range(stats.num_prompts)])
+        if errors.max() <= 0:
+            return -math.inf
+        return float(np.log10(np.maximum(errors, 1e-12 * errors.max())).mean())
     total = 0.0
     for row in rows:
         for step in range(stats.num_steps):

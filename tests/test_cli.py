@@ -249,7 +249,7 @@ def test_compile_prints_the_plan_and_keeps_the_budget(stats_file: Path, tmp_path
 
 def test_compile_passes_its_options_on(stats_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.json"
-    options = ("--solver", "greedy", "--units", "groups", "--gains", "unit")
+    options = ("--solver", "greedy", "--units", "groups", "--predictor", "published")
     succeeded("compile", stats_file, "--budget", "0.8", *options, "--out", out)
     plan = Plan.load(out)
     assert plan.certificate.solver == "greedy" and plan.step_unit is None

@@ -30,7 +30,7 @@ def depth_of(plan: Plan) -> int:
 
 
 @pytest.mark.parametrize(
-    ("units", "predictor", "solver"), itertools.product(UNITS, PREDICTORS, SOLVERS)
+    ("units", "predictor", "solver"), list(itertools.product(UNITS, PREDICTORS, SOLVERS))
 )
 def test_every_kind_of_plan_keeps_its_budget_and_round_trips(
     units: tuple[str, ...], predictor: str, solver: str, tmp_path: Path
@@ -94,7 +94,7 @@ def test_a_wrong_certificate_is_caught(solver: str) -> None:
     stats = random_stats(3)
     plan = compile_plan(stats, 0.5, units="groups", solver=solver)
     wrong = plan.certificate.model_copy(update={"value": 1.01 * plan.certificate.value})
-    with pytest.raises(VerificationError, match="certificate.value"):
+    with pytest.raises(VerificationError, match=r"certificate\.value"):
         verify(stats, plan.model_copy(update={"certificate": wrong}))
     high = plan.certificate.model_copy(update={"lower_bound": abs(plan.certificate.value) + 1})
     with pytest.raises(VerificationError, match="lower bound"):
@@ -160,7 +160,7 @@ def test_a_full_budget_computes_everything(units: tuple[str, ...], solver: str) 
 @pytest.mark.parametrize("units", UNITS)
 def test_the_tightest_budget_in_the_message_can_be_met(units: tuple[str, ...], solver: str) -> None:
     stats = random_stats(6)
-    with pytest.raises(BudgetError, match="0.010 of the compute cannot be met") as error:
+    with pytest.raises(BudgetError, match=r"0\.010 of the compute cannot be met") as error:
         compile_plan(stats, 0.01, units=units, solver=solver)
     share, speedup = named(error.value)
     compile_plan(stats, share, units=units, solver=solver)
@@ -238,9 +238,10 @@ def test_a_larger_budget_is_never_foretold_worse_and_is_used(units: tuple[str, .
     for share, plan in zip(shares, pareto(stats, list(shares), Options(units=units)), strict=True):
         psnr = np.inf if plan.predicted.psnr_db is None else plan.predicted.psnr_db
         assert psnr >= last
-        last = psnr
-        step = 1 / 16 if "step" in units else 0.03 * share
-        assert plan.predicted.compute_share >= share - step - 1e-9
+        gained, last = psnr > last, psnr
+        # To the nearest whole step, or to the nearest cell of a group.
+        step = 1 / 16 if "step" in units else 0.03 * share + 1 / 48
+        assert not gained or plan.predicted.compute_share >= share - step - 1e-9
 
 
 def test_progress_is_told() -> None:
@@ -323,7 +324,7 @@ def test_steps_of_another_expert_are_neither_skipped_nor_counted(
     ],
 )
 def test_wrong_options_are_refused(arguments: dict[str, Any], value: str) -> None:
-    with pytest.raises(OptionError, match=f"{[*arguments][0].split('_')[0]}.*{value}"):
+    with pytest.raises(OptionError, match=f"{next(iter(arguments)).split('_')[0]}.*{value}"):
         compile_plan(random_stats(0), 0.6, **arguments)
 
 

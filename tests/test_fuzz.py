@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from layercache import CalibrationStats, Plan, compile_plan
 from layercache.cli import main
 from layercache.errors import LayerCacheError, PlanError, StatsError
-from tests.solver.strategies import random_stats
+from tests.prediction.strategies import random_stats
 from tests.strange import SURROGATE, damaged, mutated, texts_of, values
 from tests.test_stats import same
 
@@ -290,6 +290,17 @@ def test_commands_end_with_an_exit_code(
 @given(value=values)
 def test_pipeline_arguments_of_any_text_end_with_an_exit_code(folder: Path, value: Any) -> None:
     exits("check", folder / "none.json", "--call", json.dumps(value))
+
+
+@pytest.mark.parametrize("option", ["--forced", "--sigmas", "--units", "--budget"])
+@pytest.mark.parametrize("text", ["a", "1,,x", "nan", "inf", "1e999", "-1", "9" * 30, "0.5.5", ","])
+def test_options_of_any_text_end_with_an_exit_code(
+    folder: Path, members: dict[str, bytes], option: str, text: str
+) -> None:
+    (folder / "good.npz").write_bytes(archive_of(members))
+    budget = [] if option == "--budget" else ["--budget", "0.6"]
+    out = folder / "compiled.json"
+    exits("compile", folder / "good.npz", *budget, f"{option}={text}", "--out", out)
 
 
 @pytest.mark.parametrize("name", ["é.json", "\udcff.json"])

@@ -204,7 +204,7 @@ def test_what_is_required_is_missed(missing: str) -> None:
 
 def test_options_that_a_plan_was_asked_with_come_back() -> None:
     asked = Options(solver="dp", units="groups", forced=(2,), max_gap=3, predictor="published")
-    plan = Plan.from_dict(plan_dict(asked=asked))
+    plan = Plan.from_dict(plan_dict()).model_copy(update={"asked": asked})
     assert Plan.from_dict(plan.to_dict()).asked == asked
 
 

@@ -12,7 +12,7 @@ import pytest
 from layercache import CalibrationStats, compile_plan
 from layercache.calibration import calibrate
 from layercache.calibration.prompts import batches
-from layercache.evaluation.latency import run_once
+from layercache.evaluation._latency import run_once
 from layercache.evaluation.methods import Method
 from layercache.evaluation.metrics import fidelity
 from layercache.evaluation.peers import FewerSteps

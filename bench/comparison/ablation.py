@@ -21,7 +21,7 @@ from bench.comparison.inputs import GROUPS, PUBLISHED_GROUPS, Inputs
 from bench.comparison.scenario import BenchSize, Scenario
 from bench.comparison.store import Store, fingerprint
 from bench.comparison.tuning import Validation
-from layercache.evaluation.contenders import PUBLISHED
+from layercache.evaluation._contenders import PUBLISHED
 from layercache.evaluation.methods import LayerCache
 from layercache.options import Options
 from layercache.stats import CalibrationStats, write_atomically

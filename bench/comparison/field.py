@@ -31,7 +31,7 @@ from bench.peers.nonstationary import NonStationary, fit_nonstationary
 from bench.peers.seacache import SeaCache
 from layercache.compile import compile_plan, pareto
 from layercache.errors import BudgetError, LayerCacheError
-from layercache.evaluation.contenders import PUBLISHED
+from layercache.evaluation._contenders import PUBLISHED
 from layercache.evaluation.methods import LayerCache
 from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform, mean_cache_schedules
 from layercache.evaluation.peers.meancache import candidate_schedules

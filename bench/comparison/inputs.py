@@ -11,7 +11,7 @@ from bench.comparison.scenario import SEEDS, BenchSize, Scenario
 from bench.comparison.store import Store
 from layercache.calibration import calibrate
 from layercache.calibration.prompts import Batch
-from layercache.evaluation.trajectories import Trajectories, collect_trajectories
+from layercache.evaluation._trajectories import Trajectories, collect_trajectories
 from layercache.reference import prompts
 from layercache.stats import CalibrationStats
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation.frames import as_tensor, split_frames
+from layercache.evaluation._frames import as_tensor, split_frames
 
 FILES = ("alexnet.pth", "lpips.pth")
 _SHIFT = (-0.030, -0.088, -0.188)

@@ -23,7 +23,7 @@ from bench.comparison.lpips import Lpips
 from bench.comparison.store import Store
 from bench.comparison.work import PeakMemory
 from layercache.calibration.prompts import Batch
-from layercache.evaluation.latency import Run, timed_run
+from layercache.evaluation._latency import Run, timed_run
 from layercache.evaluation.methods import Uncached
 from layercache.evaluation.metrics import fidelity, ms_ssim
 from layercache.stats import write_atomically

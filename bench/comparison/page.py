@@ -13,8 +13,8 @@ from bench.comparison.results import (
     best_rival,
     margins,
 )
+from layercache.evaluation._report import html_page, picture_panel
 from layercache.evaluation.metrics import bootstrap_interval
-from layercache.evaluation.report import html_page, picture_panel
 
 TITLE = "LayerCache against every rival, at equal measured speed"
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bench.comparison.equal_speed import Curve, Point, pareto_front
 from bench.comparison.results import OURS, PUBLISHED, ScenarioResult
-from layercache.evaluation.compare import Comparison, Row
-from layercache.evaluation.plots import STYLES, load_matplotlib, png_bytes
-from layercache.evaluation.sheets import image_sheet
+from layercache.evaluation._compare import Comparison, Row
+from layercache.evaluation._plots import STYLES, load_matplotlib, png_bytes
+from layercache.evaluation._sheets import image_sheet
 
 _SHEET_METHODS = 7
 

@@ -29,7 +29,7 @@ from bench.comparison.tables import markdown
 from bench.comparison.tuning import Validation, tune
 from bench.peers.cachedit import cache_dit_version
 from layercache.errors import LayerCacheError
-from layercache.evaluation.latency import run_once
+from layercache.evaluation._latency import run_once
 from layercache.evaluation.methods import Uncached
 from layercache.evaluation.metrics import ms_ssim_scales
 from layercache.reference import prompts

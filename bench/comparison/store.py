@@ -34,7 +34,7 @@ _RUNNING_CODE = (
     "bench/comparison/work.py",
     "bench/peers",
     "layercache/calibration",
-    "layercache/evaluation/latency.py",
+    "layercache/evaluation/_latency.py",
     "layercache/evaluation/metrics.py",
     "layercache/evaluation/peers",
     "layercache/models",

@@ -16,7 +16,7 @@ from bench.comparison.field import with_share
 from bench.comparison.inputs import Inputs
 from bench.comparison.work import counted_work
 from layercache.calibration.prompts import Batch
-from layercache.evaluation.latency import run_once
+from layercache.evaluation._latency import run_once
 from layercache.evaluation.methods import Method, Uncached
 from layercache.evaluation.metrics import PSNR_CEILING_DB, psnr
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layercache.errors import BudgetError
-from layercache.evaluation.trajectories import Trajectories
+from layercache.evaluation._trajectories import Trajectories
 
 
 def final_errors(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from layercache.evaluation.trajectories import Trajectories
+from layercache.evaluation._trajectories import Trajectories
 
 Array = NDArray[np.float64]
 

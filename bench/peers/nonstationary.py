@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch
+from layercache.evaluation._trajectories import Trajectories
 from layercache.evaluation.peers.skipping import skip_steps
-from layercache.evaluation.trajectories import Trajectories
 from layercache.models.pipelines import run_pipeline
 from layercache.models.stepping import StepFunction
 from layercache.prediction.ridge import fit_row

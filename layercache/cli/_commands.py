@@ -8,7 +8,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a plan or statistics belong t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -32,11 +32,9 @@ from layercache.cli._options import (
     remove_parts,
 )
 from layercache.cli._running import evaluate, refine
-from layercache.options import PREDICTORS, SOLVERS
+from layercache.options import PREDICTORS, SOLVERS, whole
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats, merge_all
-
-N = TypeVar("N", int, float)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -220,23 +218,21 @@ def compile_command(
         predictor=predictor,
         max_cache_bytes=max_cache_bytes,
         max_gap=max_gap,
-        forced=_numbers("forced", forced, int),
-        sigmas=_numbers("sigmas", sigmas, float) or None,
+        forced=tuple(whole("a forced step", step) for step in _numbers("--forced", forced)),
+        sigmas=_numbers("--sigmas", sigmas) or None,
     )
     hand_out(plan, out, as_json)
 
 
-def _numbers(name: str, text: str, kind: type[N]) -> list[N]:
-    try:
-        return [kind(part) for part in _listed(text)]
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is no list of numbers such as 0,8", param_hint=f"--{name}"
-        ) from None
-
-
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _listed(text))
+    except ValueError as error:
+        raise click.UsageError(f"{option} is {text!r}, which is no list of numbers") from error
 
 
 @main.command()

@@ -14,10 +14,10 @@ import torch
 from layercache.calibration import calibrate
 from layercache.calibration.prompts import batches
 from layercache.compile import pareto
-from layercache.evaluation.artifacts import write_artifacts
-from layercache.evaluation.compare import Comparison, compare
-from layercache.evaluation.contenders import Contenders
-from layercache.evaluation.trajectories import collect_trajectories
+from layercache.evaluation._artifacts import write_artifacts
+from layercache.evaluation._compare import Comparison, compare
+from layercache.evaluation._contenders import Contenders
+from layercache.evaluation._trajectories import collect_trajectories
 from layercache.plan import Budget, Plan
 from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.reference.pipeline import STEPS, WEIGHTS

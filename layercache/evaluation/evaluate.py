@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from layercache.calibration.prompts import Prompt, batches
-from layercache.evaluation.artifacts import write_artifacts
-from layercache.evaluation.compare import Comparison, compare
+from layercache.evaluation._artifacts import write_artifacts
+from layercache.evaluation._compare import Comparison, compare
 from layercache.evaluation.methods import LayerCache, Method
 from layercache.evaluation.peers import FewerSteps, Uniform
 from layercache.evaluation.peers.uniform import uniform_steps

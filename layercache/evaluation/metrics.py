@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation.frames import as_tensor, split_frames
+from layercache.evaluation._frames import as_tensor, split_frames
 
 PSNR_CEILING_DB = 120.0
 """What two equal images count as. float32 rounding alone leaves about 140 dB."""

@@ -7,7 +7,7 @@
 - `resample`: statistics at other noise levels
 """
 
-from layercache.prediction.error import DEPTH, ErrorModel, Fit, mean_log10, predicted_psnr
+from layercache.prediction.error import DEPTH, ErrorModel, Fit, predicted_psnr
 from layercache.prediction.moves import Table
 from layercache.prediction.prices import STEP_LAGS, price, uncacheable
 from layercache.prediction.resample import resample
@@ -20,7 +20,6 @@ __all__ = [
     "Fit",
     "Search",
     "Table",
-    "mean_log10",
     "predicted_psnr",
     "price",
     "resample",

@@ -1,7 +1,7 @@
 """`Table`: which schedules there are, what they cost, and how one becomes another.
 
-A schedule is a boolean table (T, 1+G): whether each step, and each group at it, is computed; a group
-is never computed at a skipped step. Column 0 is the step unit.
+A schedule is a boolean table (T, 1+G): whether each step, and each group at it, is computed; a
+group is never computed at a skipped step. Column 0 is the step unit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,10 @@ class Table:
     """The schedules that are allowed.
 
     Attributes:
-        cost: (T, 1+G) milliseconds of what a computed step spends outside groups, and of each group.
-        fixed: (T,) steps at which everything is computed; step 0 is one.
-        skips: Whether whole steps may be skipped.
-        groups: The groups that may be cached.
-        step_reach: Most steps between a skipped step and its anchor.
-        group_reach: The same of a group's cached cell.
+        cost: (T, 1+G) milliseconds of what a computed step spends outside groups, and of each
+        group. fixed: (T,) steps at which everything is computed; step 0 is one. skips: Whether
+        whole steps may be skipped. groups: The groups that may be cached. step_reach: Most steps
+        between a skipped step and its anchor. group_reach: The same of a group's cached cell.
     """
 
     cost: FloatArray
@@ -66,22 +65,24 @@ class Table:
         return self.spent(computed) <= budget_ms + BUDGET_RTOL * abs(budget_ms)
 
     def allowed(self, computed: BoolArray) -> bool:
-        """Whether every cached cell is near enough to its anchor, and fixed steps are computed."""
+        """Whether what is cached may be, and is near enough to its anchor."""
         if not computed[self.fixed].all():
             return False
         run = np.flatnonzero(computed[:, 0])
         if np.diff(np.append(run, self.steps)).max() > self.step_reach + 1:
             return False
-        for group in self.groups:
+        for group in range(computed.shape[1] - 1):
             own = computed[run, 1 + group]
             if not own.all():
+                if group not in self.groups:
+                    return False
                 anchors = np.maximum.accumulate(np.where(own, run, 0))
                 if (run - anchors).max() > self.group_reach:
                     return False
         return True
 
     def uniform(self, budget_ms: float) -> list[BoolArray]:
-        """Evenly spaced schedules within a budget: of steps, and of groups (in turn, and at once)."""
+        """Evenly spaced schedules within a budget, of steps or of groups (at once, and in turn)."""
         found = []
         if self.skips:
             for count in range(self.steps, 0, -1):
@@ -116,7 +117,7 @@ class Table:
         return [table for table in found if self.allowed(table)]
 
     def additions(self, computed: BoolArray, budget_ms: float) -> list[BoolArray]:
-        """All schedules within a budget that compute one skipped step, or one cached group, more."""
+        """All schedules within a budget that compute one skipped step or cached group more."""
         room = budget_ms + BUDGET_RTOL * abs(budget_ms) - self.spent(computed)
         found = []
         for step in np.flatnonzero(~computed[:, 0] & (self.step_cost <= room)):
@@ -220,9 +221,9 @@ class Table:
         return int(rng.integers(self.steps))
 
 
-def _with(computed: BoolArray, place: object, value: bool) -> BoolArray:
+def _with(computed: BoolArray, place: tuple[Any, ...], value: bool) -> BoolArray:
     changed = computed.copy()
-    changed[place] = value  # type: ignore[index]
+    changed[place] = value
     return changed
 
 

@@ -141,7 +141,8 @@ class DynamicProgramme:
             masks = [np.array((True, *mask)) for mask in later]
         else:
             # What a skipped step saves is its whole cost, with all groups.
-            weights = self._weigh(sum(other.compute_ms for other in problem.units))
+            whole = np.sum([other.compute_ms for other in problem.units], axis=0)
+            weights = self._weigh(whole)
             front = solve_fronts(prices[None], weights.parts)
             counts = np.flatnonzero(np.isfinite(front.values[0]))[::-1]
             masks = [front.computed(0, int(count)) for count in counts]

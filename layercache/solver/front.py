@@ -1,8 +1,8 @@
 """Exact front of one unit: the least total price for every weight of its computed steps.
 
-Let the unit's computed steps be 0 = r_1 < r_2 < ... < r_n and r_{n+1} = T, with whole weights w. Its
-price is a sum of segments S(r_k, r_{k+1} | h_k), where h_k = r_k - r_{k-1} is the gap behind the
-anchor r_k and
+Let the unit's computed steps be 0 = r_1 < r_2 < ... < r_n and r_{n+1} = T, with whole weights w.
+Its price is a sum of segments S(r_k, r_{k+1} | h_k), where h_k = r_k - r_{k-1} is the gap behind
+the anchor r_k and
 
     S(a, c | h) = sum over t = a+1 .. c-1 of  min(price(t, a, none), price(t, a, a - h)).
 

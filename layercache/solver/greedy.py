@@ -19,8 +19,8 @@ move is impossible although `dp` finds a schedule; it raises then. A memory limi
 heuristic: units are kept from being cached, the one that reserves most first, until the rest fit.
 
 Source: the greedy allocation over (timestep, group, span) of LayerCache (arXiv 2604.16492), whose
-code is not public. Deviations: Delta counts the effect on later cells, each cell reuses or predicts,
-whichever is cheaper, instead of one span for each group, and units have unequal costs.
+code is not public. Deviations: Delta counts the effect on later cells, each cell reuses or
+predicts, whichever is cheaper, instead of one span for each group, and units have unequal costs.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import hashlib
 import operator
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layercache.errors import ModelMismatchError, StatsError
+from layercache.stats._difference import difference
 from layercache.stats._file import read_archive, write_archive, write_atomically
 from layercache.stats._validation import ARRAYS, SHARED, check_stats
 
@@ -142,7 +143,7 @@ class CalibrationStats:
         if self.amplification.size == 0:
             ones = np.ones(self.velocities.shape[:2])
             object.__setattr__(self, "amplification", ones)
-        steps = max(len(self.sigmas) - 1, 0)
+        steps = max(self.sigmas.size - 1, 0)
         if self.loads.size == 0:
             object.__setattr__(self, "loads", np.ones((steps, len(self.groups) + 1)))
         if self.segments.size == 0:
@@ -331,32 +332,6 @@ def euler_latents(sigmas: FloatArray, velocities: FloatArray) -> FloatArray:
     moves = np.diff(sigmas)[:, None] * velocities.astype(np.float64)
     latents = np.pad(np.cumsum(moves, axis=1), ((0, 0), (1, 0), (0, 0)))
     return latents.astype(np.float32)
-
-
-def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], within: str = "") -> str:
-    """The first field in which two mappings differ, with both values; empty if they agree.
-
-    Example:
-        >>> difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
-        'b.c differs (2 and 3)'
-    """
-    for name in dict.fromkeys([*mine, *theirs]):
-        one, other = mine.get(name), theirs.get(name)
-        if one == other:
-            continue
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            nested = difference(one, other, f"{within}{name}.")
-            if nested:
-                return nested
-            # Nothing but entries of None against entries that are not there.
-            continue
-        if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
-            index = next(i for i, item in enumerate(one) if item != other[i])
-            return f"{within}{name}[{index}] differs ({one[index]!r} and {other[index]!r})"
-        if isinstance(one, tuple) and isinstance(other, tuple):
-            return f"the length of {within}{name} differs ({len(one)} and {len(other)})"
-        return f"{within}{name} differs ({one!r} and {other!r})"
-    return ""
 
 
 def _meta_fields() -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from bench.peers.diffusers_caches import (
 )
 from bench.peers.seacache import SeaCache, packed_latents
 from layercache.errors import LayerCacheError
-from layercache.evaluation.latency import run_once
+from layercache.evaluation._latency import run_once
 from layercache.evaluation.methods import Method, Uncached
 from layercache.evaluation.peers import Uniform
 from tests.evaluation.test_peers import STEPS, work

@@ -11,10 +11,10 @@ from bench.peers.nonstationary import (
     fit_nonstationary,
     fit_row,
 )
-from layercache.evaluation.latency import run_once
+from layercache.evaluation._latency import run_once
+from layercache.evaluation._trajectories import collect_trajectories
 from layercache.evaluation.methods import Uncached
 from layercache.evaluation.peers import Uniform
-from layercache.evaluation.trajectories import collect_trajectories
 from tests.evaluation.test_peers import counted, work
 from tests.tiny import tiny_pipeline
 

@@ -11,7 +11,7 @@ from bench.peers.dpcache import key_steps, step_errors
 from bench.peers.lemica import final_errors, minimax_steps
 from bench.peers.nodes import NodeSearch
 from layercache.errors import BudgetError
-from layercache.evaluation.trajectories import Trajectories
+from layercache.evaluation._trajectories import Trajectories
 
 STEPS = 8
 

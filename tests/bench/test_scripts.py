@@ -23,6 +23,7 @@ TINY = {
     "bench.quality": "--quick --folder {out} --json {out}/quality.json",
     "bench.reference.train": "--out {out} --steps 1 --batch 1 --no-compile",
     "bench.runtime": "--quick --weights {weights} --json",
+    "bench.samplers": "--quick --json",
     "bench.solver": "--quick --json",
     "bench.surrogate": "--quick --json",
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from layercache.errors import BudgetError
+from layercache.evaluation._trajectories import Trajectories
 from layercache.evaluation.peers.meancache import (
     Edge,
     MeanCache,
@@ -17,7 +18,6 @@ from layercache.evaluation.peers.meancache import (
     mean_cache_schedules,
     shortest_path,
 )
-from layercache.evaluation.trajectories import Trajectories
 
 
 def brute_force(costs: np.ndarray, budget: int, gamma: float) -> float:

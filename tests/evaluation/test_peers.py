@@ -12,14 +12,14 @@ from torch import Tensor
 
 from layercache.calibration.prompts import Batch, batches
 from layercache.errors import ModelMismatchError
-from layercache.evaluation.contenders import Contenders
-from layercache.evaluation.latency import run_once, time_interleaved
+from layercache.evaluation._contenders import Contenders
+from layercache.evaluation._latency import run_once, time_interleaved
+from layercache.evaluation._trajectories import collect_trajectories
 from layercache.evaluation.methods import Uncached
 from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform, mean_cache_schedules
 from layercache.evaluation.peers.meancache import Edge
 from layercache.evaluation.peers.skipping import skip_steps
 from layercache.evaluation.peers.uniform import uniform_steps
-from layercache.evaluation.trajectories import collect_trajectories
 from layercache.models.pipelines import run_pipeline
 from tests.prediction.strategies import random_stats
 from tests.tiny import tiny_arguments, tiny_pipeline

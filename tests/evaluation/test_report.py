@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from layercache.evaluation.artifacts import write_artifacts
-from layercache.evaluation.compare import Comparison, Row
-from layercache.evaluation.plots import pareto, plan_heat_map
-from layercache.evaluation.report import html_report
-from layercache.evaluation.sheets import image_sheet
+from layercache.evaluation._artifacts import write_artifacts
+from layercache.evaluation._compare import Comparison, Row
+from layercache.evaluation._plots import pareto, plan_heat_map
+from layercache.evaluation._report import html_report
+from layercache.evaluation._sheets import image_sheet
 from layercache.plan import Plan
 from tests.test_plan_format import example
 

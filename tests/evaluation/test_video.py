@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bench.comparison.lpips import Lpips
 from layercache.errors import LayerCacheError
+from layercache.evaluation._frames import as_tensor
+from layercache.evaluation._sheets import FRAMES, image_sheet
 from layercache.evaluation.evaluate import evaluate_plan
-from layercache.evaluation.frames import as_tensor
 from layercache.evaluation.metrics import (
     fidelity,
     latent_psnr,
@@ -25,7 +26,6 @@ from layercache.evaluation.metrics import (
     psnr,
     ssim,
 )
-from layercache.evaluation.sheets import FRAMES, image_sheet
 from layercache.models.pipelines import run_pipeline
 from tests.pipelines.entry import Entry
 from tests.pipelines.observe import observe

@@ -14,7 +14,9 @@ from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenI
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 from torch import Tensor
 
+from layercache.models.stepping import sigmas_of
 from tests.models import zoo
+from tests.runtime.harness import make_plan, step
 
 STEPS = 5
 
@@ -76,3 +78,12 @@ def loop_block(pipe: Any) -> Any:
         block for block in pipe._blocks.sub_blocks.values() if hasattr(block, "progress_bar")
     )
     return list(loop.sub_blocks.values())[-1]
+
+
+def plan_of(pipe: Any, call: Any, **changes: Any) -> Any:
+    calls: list[int] = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    call()
+    handle.remove()
+    fields = {"sigmas": sigmas_of(pipe.scheduler), "branches": len(calls) // STEPS}
+    return make_plan(pipe, STEPS, [step("##0#0")], **(fields | changes))

@@ -14,7 +14,6 @@ from layercache.runtime import apply_plan
 from tests.runtime import modular
 from tests.runtime.harness import step
 from tests.runtime.pipelines import PIPELINES, STEPS, build, plan_for, quiet, wan_with_two_experts
-from tests.runtime.test_callers import modular_plan
 
 UNITS = [step("##0#0")]
 
@@ -129,7 +128,7 @@ def test_modular_pipelines_keep_their_setting_elsewhere(name: str, change: str) 
     pipe, call = modular.build(name)
     setting = {"guider": "ClassifierFreeGuidance", "guider_scale": pipe.guider.guidance_scale,
                "height": 64 if name == "qwenimage" else 32}  # fmt: skip
-    plan = modular_plan(pipe, call, setting=setting)
+    plan = modular.plan_of(pipe, call, setting=setting)
     assert plan.branches == 2
     with apply_plan(pipe, plan) as run:
         call()

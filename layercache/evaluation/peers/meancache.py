@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layercache.errors import BudgetError
+from layercache.evaluation._trajectories import Trajectories
 from layercache.evaluation.peers.skipping import skip_steps
-from layercache.evaluation.trajectories import Trajectories
 from layercache.models.stepping import StepFunction
 
 MAX_K = 6

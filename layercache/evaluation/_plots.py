@@ -12,7 +12,7 @@ from layercache.errors import LayerCacheError
 from layercache.plan import COMPUTED, IDLE, SPANS, Plan
 
 if TYPE_CHECKING:
-    from layercache.evaluation.compare import Comparison
+    from layercache.evaluation._compare import Comparison
 
 STYLES: dict[str, tuple[str, str]] = {
     "layercache": ("#c2410c", "o"),

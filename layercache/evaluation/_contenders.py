@@ -12,13 +12,13 @@ from layercache.calibration.prompts import Batch
 from layercache.compile import pareto
 from layercache.costs import full_ms, speedup_of
 from layercache.errors import BudgetError
-from layercache.evaluation.latency import run_once
+from layercache.evaluation._latency import run_once
+from layercache.evaluation._trajectories import Trajectories
 from layercache.evaluation.methods import LayerCache, Method, Uncached
 from layercache.evaluation.metrics import fidelity
 from layercache.evaluation.peers import FewerSteps, MeanCache, Uniform
 from layercache.evaluation.peers.meancache import candidate_schedules
 from layercache.evaluation.peers.uniform import uniform_steps
-from layercache.evaluation.trajectories import Trajectories
 from layercache.options import Options
 from layercache.plan import Budget, Plan
 from layercache.stats import CalibrationStats

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from layercache.plan import Plan
 
 if TYPE_CHECKING:
-    from layercache.evaluation.compare import Comparison, Row
+    from layercache.evaluation._compare import Comparison, Row
 
 _STYLE = """
 :root { color-scheme: light; }

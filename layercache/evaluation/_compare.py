@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layercache.calibration.prompts import Batch
-from layercache.evaluation.latency import time_interleaved
+from layercache.evaluation._latency import time_interleaved
 from layercache.evaluation.methods import Method, Uncached
 from layercache.evaluation.metrics import fidelity
 from layercache.models.pipelines import decodes

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation.frames import as_tensor
+from layercache.evaluation._frames import as_tensor
 from layercache.evaluation.metrics import psnr
 
 if TYPE_CHECKING:
-    from layercache.evaluation.compare import Comparison
+    from layercache.evaluation._compare import Comparison
 
 AMPLIFICATION = 20
 """Factor of the absolute differences shown; 0.05 of the range is white."""
