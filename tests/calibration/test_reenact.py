@@ -121,7 +121,7 @@ def test_elements_that_are_not_the_models_to_move_count_for_nothing() -> None:
     run = Run(Kept(0), sigmas=(1.0, 0.5, 0.0))
     run.velocities = [torch.tensor([[1.0, 7.0]])] * 2
     run.latents = [torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2)]
-    run.live = torch.tensor([[True, False]])
+    run.left, run.missing = torch.tensor([[1, 0]]), torch.zeros(1, 2)
     assert torch.equal(run.velocity(0), torch.tensor([[1.0, 0.0]]))
     assert torch.equal(run.displacement(1), torch.tensor([[-0.5, 0.0]]))
 
