@@ -72,8 +72,8 @@ def test_the_plan_beats_fewer_steps_at_equal_compute(pipe: Any, plan: Plan) -> N
     assert psnr(pipe, plan) > fewer + 3
 
 
-def test_fitted_gains_beat_plain_reuse(pipe: Any, stats: CalibrationStats, plan: Plan) -> None:
-    assert psnr(pipe, plan) > psnr(pipe, compile_plan(stats, 0.6, gains="none")) + 3
+def test_fitted_taps_beat_plain_reuse(pipe: Any, stats: CalibrationStats, plan: Plan) -> None:
+    assert psnr(pipe, plan) > psnr(pipe, compile_plan(stats, 0.6, predictor="reuse")) + 3
 
 
 def test_refining_helps_at_few_steps(pipe: Any, stats: CalibrationStats) -> None:

@@ -95,7 +95,7 @@ def test_plans_say_which_mode_they_are_from() -> None:
         stats = measure(tiny_pipeline(), mode=mode)
         plan = compile_plan(stats, 0.7, units=("groups",))
         assert plan.provenance["calibration_mode"] == mode
-        assert plan.provenance["seed"] == 0
+        assert plan.provenance["sketch_seed"] == 0
         assert plan.provenance["prompts_sha256"] == stats.prompts_sha256
 
 
