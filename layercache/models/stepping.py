@@ -21,11 +21,8 @@ _EULER = 1e-4
 # The first step of every solver is Euler's; those that lean on steps before do so from the second.
 _TRIED = 4
 
-StepFunction = Callable[[int, Tensor, Tensor], Tensor | None]
-"""(step index, guided model output, sample before the step) to the output that is to be used.
-
-`None` means that no step is taken: the pipeline gets its sample back as it was.
-"""
+StepFunction = Callable[[int, Tensor, Tensor], Tensor]
+"""(step index, guided model output, sample before the step) to the output that is to be used."""
 
 
 MoveFunction = Callable[[Tensor, Tensor, Any], Tensor | None]
@@ -43,14 +40,6 @@ class Stepped(tuple[Tensor, ...]):
     """
 
     used: Tensor
-
-    @property
-    def prev_sample(self) -> Tensor:
-        return self[0]
-
-
-class _Unmoved(tuple[Tensor]):
-    """What a scheduler returns, in either of diffusers' forms, around an unchanged sample."""
 
     @property
     def prev_sample(self) -> Tensor:
@@ -122,8 +111,6 @@ def tap_step(
         **kwargs: Any,
     ) -> Any:
         output = function(step_index(scheduler), model_output, sample)
-        if output is None:
-            return _Unmoved((sample,))
         result = inner(output, timestep, sample, *args, **kwargs)
         if move is None:
             return result

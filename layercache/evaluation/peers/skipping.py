@@ -53,7 +53,7 @@ def skip_steps(
             outputs[number:] = [output]
         return outputs[number]
 
-    def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor | None:
+    def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         nonlocal advance, call
         call = 0
         if index == 0:
