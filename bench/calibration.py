@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from layercache.calibration import calibrate, estimate_calibration
-from layercache.calibration.memory import PeakMemory
+from layercache.calibration._memory import PeakMemory
 from layercache.calibration.prompts import batches
 from layercache.models.pipelines import run_pipeline
 from layercache.reference import call_arguments, load_pipeline, prompts

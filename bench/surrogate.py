@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from layercache import CalibrationStats, Plan
 from layercache.calibration import calibrate
+from layercache.calibration._sketch import CountSketch
 from layercache.calibration.prompts import Batch, batches
-from layercache.calibration.sketch import CountSketch
 from layercache.compile import rows_of
 from layercache.costs import STEP
 from layercache.options import Options
@@ -53,7 +53,7 @@ from layercache.plan import Budget, Certificate
 from layercache.prediction import ErrorModel, Fit, price
 from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.runtime import apply_plan
-from layercache.solver.solution import price_of
+from layercache.solver._solution import price_of
 
 EXACT = 1 << 16
 KINDS = (("step",), ("groups",), ("step", "groups"))

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from layercache.cli import main
 from layercache.cli._options import read_prompts
 from layercache.plan import Plan
-from layercache.reference.text import WordEncoder
+from layercache.reference._text import WordEncoder
 from layercache.stats import CalibrationStats
 from tests.tiny import tiny_transformer
 

@@ -12,8 +12,8 @@ from diffusers import (
 )
 
 from layercache.reference import call_arguments
-from layercache.reference.text import WordEncoder, WordTokenizer
-from layercache.reference.vae import PixelUnshuffleVAE
+from layercache.reference._text import WordEncoder, WordTokenizer
+from layercache.reference._vae import PixelUnshuffleVAE
 
 
 def tiny_transformer(blocks: int = 4, seed: int = 0) -> QwenImageTransformer2DModel:

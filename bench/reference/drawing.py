@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layercache.reference.scenes import BACKGROUNDS, COLORS, RESOLUTION, Scene, SceneObject
+from layercache.reference._scenes import BACKGROUNDS, COLORS, RESOLUTION, Scene, SceneObject
 
 Image = NDArray[np.float32]
 _Array = NDArray[Any]

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench.reference.drawing import render
+from layercache.reference._scenes import RESOLUTION, describe, sample_scene
+from layercache.reference._text import WordEncoder, WordTokenizer
+from layercache.reference._vae import PixelUnshuffleVAE
 from layercache.reference.prompts import TRAINING_STREAM
-from layercache.reference.scenes import RESOLUTION, describe, sample_scene
-from layercache.reference.text import WordEncoder, WordTokenizer
-from layercache.reference.vae import PixelUnshuffleVAE
 
 ARCHITECTURE: dict[str, Any] = {
     "patch_size": 2,

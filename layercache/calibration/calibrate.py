@@ -12,14 +12,14 @@ from typing import Any, Unpack, overload
 
 from tqdm import tqdm
 
-from layercache.calibration.estimate import CalibrationEstimate
-from layercache.calibration.grouping import Groups, auto_count, split_groups
-from layercache.calibration.options import Options, OptionValues
-from layercache.calibration.parts import Parts, require_same
+from layercache.calibration._estimate import CalibrationEstimate
+from layercache.calibration._grouping import Groups, auto_count, split_groups
+from layercache.calibration._options import Options, OptionValues
+from layercache.calibration._parts import Parts, require_same
+from layercache.calibration._replay import device_of
+from layercache.calibration._segmentation import alike_groups
+from layercache.calibration._session import Log, Session
 from layercache.calibration.prompts import Batch, Prompt, batches
-from layercache.calibration.replay import device_of
-from layercache.calibration.segmentation import alike_groups
-from layercache.calibration.session import Log, Session
 from layercache.calibration.sharding import Processes, Shard, is_main_process, take_shard
 from layercache.errors import StatsError, UnsupportedModelError
 from layercache.models.adapters import adapter_for, blocks_of

@@ -2,7 +2,7 @@
 
 An adapter is a declaration, never a copied forward: the block lists in execution order and, for
 each, which arguments of a block are *streams* (tensors that the block returns updated) and in which
-order the block returns them. `layercache.models.table` holds the declarations for diffusers.
+order the block returns them. `layercache.models._table` holds the declarations for diffusers.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def register_adapter(adapter: Adapter) -> None:
 
 def supported_models() -> tuple[str, ...]:
     """Names of the transformer classes that have an adapter, sorted."""
-    from layercache.models.table import ADAPTERS
+    from layercache.models._table import ADAPTERS
 
     return tuple(sorted({**ADAPTERS, **_registered}))
 
@@ -133,7 +133,7 @@ def adapter_for(transformer: nn.Module) -> Adapter:
         UnsupportedModelError: No class in the model's ancestry has an adapter, or the model has
             none of the lists that its adapter declares.
     """
-    from layercache.models.table import ADAPTERS
+    from layercache.models._table import ADAPTERS
 
     module = unwrap(transformer)
     for ancestor in type(module).__mro__:

@@ -7,11 +7,11 @@
 - `resample`: statistics at other noise levels
 """
 
+from layercache.prediction._moves import Table
+from layercache.prediction._prices import STEP_LAGS, price, uncacheable
+from layercache.prediction._search import Search
 from layercache.prediction.error import DEPTH, ErrorModel, Fit, predicted_psnr
-from layercache.prediction.moves import Table
-from layercache.prediction.prices import STEP_LAGS, price, uncacheable
 from layercache.prediction.resample import resample
-from layercache.prediction.search import Search
 
 __all__ = [
     "DEPTH",

@@ -48,7 +48,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layercache.prediction.cells import Cell, GroupCells
+from layercache.prediction._cells import Cell, GroupCells
 from layercache.prediction.ridge import DECIMALS, LeastSquares, quick_fit
 from layercache.solver.problem import BoolArray
 from layercache.stats import CalibrationStats, FloatArray

@@ -12,9 +12,9 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
-from layercache.reference.scenes import RESOLUTION
-from layercache.reference.text import WordEncoder, WordTokenizer
-from layercache.reference.vae import PixelUnshuffleVAE
+from layercache.reference._scenes import RESOLUTION
+from layercache.reference._text import WordEncoder, WordTokenizer
+from layercache.reference._vae import PixelUnshuffleVAE
 
 WEIGHTS = Path(__file__).parent / "weights"
 STEPS = 50

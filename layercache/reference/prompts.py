@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from layercache.reference.scenes import describe, sample_scene
+from layercache.reference._scenes import describe, sample_scene
 
 Split = Literal["calibration", "validation", "held-out"]
 

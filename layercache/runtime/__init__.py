@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layercache.runtime.apply import apply_plan
-    from layercache.runtime.checking import check_adapter
-    from layercache.runtime.compiling import compile_blocks
+    from layercache.runtime._apply import apply_plan
+    from layercache.runtime._checking import check_adapter
+    from layercache.runtime._compiling import compile_blocks
+    from layercache.runtime._report import RunReport, UnitReport
+    from layercache.runtime._run import PlanRun
+    from layercache.runtime._scheduler import LayerCacheScheduler
     from layercache.runtime.executor import StepExecutor
-    from layercache.runtime.report import RunReport, UnitReport
-    from layercache.runtime.run import PlanRun
-    from layercache.runtime.scheduler import LayerCacheScheduler
 
 __all__ = [
     "LayerCacheScheduler",
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LayerCacheScheduler": "scheduler",
-    "PlanRun": "run",
-    "RunReport": "report",
+    "LayerCacheScheduler": "_scheduler",
+    "PlanRun": "_run",
+    "RunReport": "_report",
     "StepExecutor": "executor",
-    "UnitReport": "report",
-    "apply_plan": "apply",
-    "check_adapter": "checking",
-    "compile_blocks": "compiling",
+    "UnitReport": "_report",
+    "apply_plan": "_apply",
+    "check_adapter": "_checking",
+    "compile_blocks": "_compiling",
 }
 
 

@@ -4,13 +4,13 @@
 """
 
 from layercache.solver import dp, greedy
+from layercache.solver._solution import ScheduleSolution, Solver
 from layercache.solver.problem import (
     InfeasibleBudgetError,
     ProblemError,
     ScheduleProblem,
     UnitCosts,
 )
-from layercache.solver.solution import ScheduleSolution, Solver
 
 
 def _milp(problem: ScheduleProblem) -> ScheduleSolution:

@@ -24,10 +24,10 @@ from functools import cached_property
 
 import numpy as np
 
-from layercache.solver.front import Front, Weights, solve_fronts, weigh
-from layercache.solver.knapsack import Choice, Options, least_cost, solve_knapsack
+from layercache.solver._front import Front, Weights, solve_fronts, weigh
+from layercache.solver._knapsack import Choice, Options, least_cost, solve_knapsack
+from layercache.solver._solution import ScheduleSolution, build_solution, price_of
 from layercache.solver.problem import BoolArray, FloatArray, ScheduleProblem, budget_error
-from layercache.solver.solution import ScheduleSolution, build_solution, price_of
 
 ALL_STEPS = 8
 

@@ -30,8 +30,8 @@ from bisect import bisect_left
 
 import numpy as np
 
+from layercache.solver._solution import ScheduleSolution, build_solution
 from layercache.solver.problem import FloatArray, InfeasibleBudgetError, ScheduleProblem
-from layercache.solver.solution import ScheduleSolution, build_solution
 
 _INF = float("inf")
 

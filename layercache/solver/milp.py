@@ -27,8 +27,8 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_matrix
 
 from layercache.errors import LayerCacheError
+from layercache.solver._solution import ScheduleSolution, build_solution
 from layercache.solver.problem import FloatArray, IntArray, ScheduleProblem, budget_error
-from layercache.solver.solution import ScheduleSolution, build_solution
 
 TIME_LIMIT_S = 120.0
 _OPTIMAL, _TIME_LIMIT, _INFEASIBLE = 0, 1, 2

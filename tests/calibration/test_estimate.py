@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from layercache.calibration import CalibrationEstimate, calibrate, estimate_calibration
-from layercache.calibration.estimate import _replayed_forwards
-from layercache.calibration.jobs import Jobs
-from layercache.calibration.memory import PeakMemory
-from layercache.calibration.replay import RecordedCall, ReplayableTransformer
-from layercache.calibration.timing import Clock, StepTimes
+from layercache.calibration._estimate import _replayed_forwards
+from layercache.calibration._jobs import Jobs
+from layercache.calibration._memory import PeakMemory
+from layercache.calibration._replay import RecordedCall, ReplayableTransformer
+from layercache.calibration._timing import Clock, StepTimes
 from layercache.errors import StatsError
 from layercache.models import adapter_for
 from layercache.stats import Group

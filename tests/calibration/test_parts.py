@@ -13,9 +13,9 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from layercache.calibration import calibrate
-from layercache.calibration.parts import Parts
+from layercache.calibration._parts import Parts
+from layercache.calibration._session import Session
 from layercache.calibration.prompts import prompt_id
-from layercache.calibration.session import Session
 from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats import CalibrationStats
 from tests.calibration.worker import PROMPTS, calibrate_tiny, run

@@ -12,10 +12,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
 from layercache.calibration import Options, calibrate
-from layercache.calibration.kept import Kept
-from layercache.calibration.options import OptionValues
-from layercache.calibration.record import Run, StepCalls
-from layercache.calibration.scheduler import check_scheduler
+from layercache.calibration._kept import Kept
+from layercache.calibration._options import OptionValues
+from layercache.calibration._record import Run, StepCalls
+from layercache.calibration._scheduler import check_scheduler
 from layercache.errors import StatsError, UnsupportedModelError
 from tests.calibration.test_calibrate import PROMPTS, measure
 from tests.tiny import tiny_pipeline

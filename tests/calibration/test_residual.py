@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from layercache import compile_plan
-from layercache.calibration.jobs import Jobs
+from layercache.calibration._jobs import Jobs
+from layercache.calibration._residual import residual_deltas
 from layercache.calibration.prompts import prompt_id
-from layercache.calibration.residual import residual_deltas
 from layercache.errors import ModelMismatchError, StatsError
 from tests.calibration.test_calibrate import LAGS, PROMPTS, STEPS, ByHand, measure
 from tests.tiny import tiny_pipeline

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layercache.calibration.grouping import auto_count, split_groups
-from layercache.calibration.segmentation import alike_groups, segments
+from layercache.calibration._grouping import auto_count, split_groups
+from layercache.calibration._segmentation import alike_groups, segments
 from layercache.errors import StatsError
 from layercache.stats import Group
 from tests.test_stats import make_stats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from layercache.prediction.cells import GroupCells
+from layercache.prediction._cells import GroupCells
 from tests.prediction.oracle import polynomial_stats
 from tests.prediction.strategies import random_stats
 

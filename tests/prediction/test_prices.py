@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from layercache.prediction.prices import GAIN_RANGE, _cell_gains, uncacheable
-from layercache.prediction.prices import price as priced
+from layercache.prediction._prices import GAIN_RANGE, _cell_gains, uncacheable
+from layercache.prediction._prices import price as priced
 from layercache.stats import CalibrationStats
 from tests.prediction.strategies import random_stats
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from layercache.costs import cell_ms
 from layercache.prediction import ErrorModel, Search, Table
-from layercache.prediction.anneal import anneal
+from layercache.prediction._anneal import anneal
 from layercache.stats import CalibrationStats
 from tests.prediction.strategies import random_stats
 

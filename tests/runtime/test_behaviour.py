@@ -15,8 +15,8 @@ from layercache.errors import (
     PlanError,
     UnsupportedModelError,
 )
+from layercache.runtime import _session as session_module
 from layercache.runtime import apply_plan
-from layercache.runtime import session as session_module
 from layercache.runtime.arithmetic import signature
 from tests.models.zoo import build
 from tests.runtime.harness import LoopPipeline, group, make_plan, step, traces

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from layercache.runtime import apply_plan
-from layercache.runtime.timing import Clock, Stopwatch
+from layercache.runtime._timing import Clock, Stopwatch
 from tests.runtime.harness import group, make_plan, step
 from tests.runtime.mixed import LIST, MIXED, STEPS, pipeline
 

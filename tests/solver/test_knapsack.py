@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layercache.solver.knapsack import Options, least_cost, solve_knapsack
+from layercache.solver._knapsack import Options, least_cost, solve_knapsack
 
 
 def random_options(seed: int, units: int, options: int, *, sizes: int = 3) -> list[Options]:
@@ -59,7 +59,7 @@ def test_a_beam_without_room_still_bounds_the_optimum(
 ) -> None:
     units = random_options(seed, 5, 6, sizes=1)
     best = brute_force(units, 10.0, np.inf)
-    monkeypatch.setattr("layercache.solver.knapsack._WIDTHS", (1,))
+    monkeypatch.setattr("layercache.solver._knapsack._WIDTHS", (1,))
     choice = solve_knapsack(units, 10.0, np.inf)
     assert choice is not None
     assert choice.lower_bound <= best * (1 + 1e-9)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from layercache.errors import BudgetError
 from layercache.solver import SOLVERS, ScheduleProblem, ScheduleSolution
-from layercache.solver.front import solve_fronts, weigh
+from layercache.solver._front import solve_fronts, weigh
 from tests.solver import oracle
 from tests.solver.strategies import problems, random_problem
 

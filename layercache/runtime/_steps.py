@@ -16,9 +16,9 @@ from torch import Tensor
 
 from layercache.models.tensors import map_tensors, tensor_bytes
 from layercache.plan import Schedule
+from layercache.runtime._groups import Branch
 from layercache.runtime.arithmetic import affine
 from layercache.runtime.executor import StepExecutor
-from layercache.runtime.groups import Branch
 
 
 class StepRunner:

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration.jobs import Jobs
-from layercache.calibration.kept import Kept, Key
-from layercache.calibration.replay import RecordedCall, ReplayableTransformer, Shape
-from layercache.calibration.scheduler import check_scheduler, run_sigmas
-from layercache.calibration.stage import At, Move, Stage
+from layercache.calibration._jobs import Jobs
+from layercache.calibration._kept import Kept, Key
+from layercache.calibration._replay import RecordedCall, ReplayableTransformer, Shape
+from layercache.calibration._scheduler import check_scheduler, run_sigmas
+from layercache.calibration._stage import At, Move, Stage
 from layercache.errors import StatsError
 from layercache.models._foreign import running_index
 from layercache.models.gates import Call

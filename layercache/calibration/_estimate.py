@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layercache.calibration.jobs import Jobs
-from layercache.calibration.propagation import probe_steps
-from layercache.calibration.trial import Trial
+from layercache.calibration._jobs import Jobs
+from layercache.calibration._propagation import probe_steps
+from layercache.calibration._trial import Trial
 from layercache.errors import StatsError
 
 DEFAULT_BYTES = 4 * 2**30

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layercache.prediction.anneal import anneal
+from layercache.prediction._anneal import anneal
+from layercache.prediction._moves import Table, distinct
 from layercache.prediction.error import ErrorModel
-from layercache.prediction.moves import Table, distinct
 from layercache.solver.problem import BoolArray
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from layercache.calibration.collect import Measured, Sketching, collect
-from layercache.calibration.estimate import CalibrationEstimate, estimate_run
-from layercache.calibration.jobs import Jobs
-from layercache.calibration.options import Options
-from layercache.calibration.parts import LATENT_SHAPE
+from layercache.calibration._collect import Measured, Sketching, collect
+from layercache.calibration._estimate import CalibrationEstimate, estimate_run
+from layercache.calibration._jobs import Jobs
+from layercache.calibration._options import Options
+from layercache.calibration._parts import LATENT_SHAPE
+from layercache.calibration._record import Tick
+from layercache.calibration._replay import ReplayableTransformer
+from layercache.calibration._stage import Stage
+from layercache.calibration._trial import try_out
 from layercache.calibration.prompts import Batch, arguments_digests
-from layercache.calibration.record import Tick
-from layercache.calibration.replay import ReplayableTransformer
-from layercache.calibration.stage import Stage
-from layercache.calibration.trial import try_out
 from layercache.errors import StatsError
 from layercache.models.adapters import adapter_for
 from layercache.models.fingerprint import model_fingerprint, setting_of

@@ -14,9 +14,9 @@ from layercache.errors import UnsupportedModelError
 from layercache.models.adapters import BlockList, adapter_for, blocks_of, check_signature
 from layercache.models.gates import Gate
 from layercache.plan import UnitPlan
-from layercache.runtime.groups import Branch, GroupRunner
-from layercache.runtime.timing import Clock
-from layercache.runtime.trace import Trace
+from layercache.runtime._groups import Branch, GroupRunner
+from layercache.runtime._timing import Clock
+from layercache.runtime._trace import Trace
 
 _SIGMAS = (1.0, 0.5, 0.0)
 _BRANCH: Branch = (None, 0)

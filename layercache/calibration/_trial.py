@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layercache.calibration.kept import Kept
-from layercache.calibration.memory import PeakMemory
+from layercache.calibration._kept import Kept
+from layercache.calibration._memory import PeakMemory
+from layercache.calibration._record import Performers, Recorder, Run
+from layercache.calibration._reenact import check_forgets, check_repeats, check_stateless
+from layercache.calibration._replay import RecordedCall, ReplayableTransformer
+from layercache.calibration._stage import At, Stage
 from layercache.calibration.prompts import Batch
-from layercache.calibration.record import Performers, Recorder, Run
-from layercache.calibration.reenact import check_forgets, check_repeats, check_stateless
-from layercache.calibration.replay import RecordedCall, ReplayableTransformer
-from layercache.calibration.stage import At, Stage
 from layercache.errors import StatsError
 from layercache.models.gates import Call
 

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from layercache.errors import UnknownWordError
-from layercache.reference.scenes import WORDS
+from layercache.reference._scenes import WORDS
 
 PAD_ID = 0
 START_ID = 1
@@ -33,7 +33,7 @@ class TokenBatch(dict[str, Tensor]):
 
 
 class WordTokenizer:
-    """One token a word of `layercache.reference.scenes.WORDS`, after a start token.
+    """One token a word of `layercache.reference._scenes.WORDS`, after a start token.
 
     The empty caption is the start token alone: the unconditional branch.
     """

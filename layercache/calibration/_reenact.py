@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layercache.calibration._record import Run
+from layercache.calibration._stage import At, Move, Others, Over, Stage
 from layercache.calibration.prompts import Batch
-from layercache.calibration.record import Run
-from layercache.calibration.stage import At, Move, Others, Over, Stage
 from layercache.errors import StatsError
 from layercache.models.gates import Call
 from layercache.models.tensors import tensors_in

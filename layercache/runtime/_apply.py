@@ -12,8 +12,8 @@ from layercache.models.adapters import adapter_for, blocks_of, check_signature, 
 from layercache.models.fingerprint import model_fingerprint, setting_of
 from layercache.models.gates import gate_of, is_compiled
 from layercache.plan import Plan
-from layercache.runtime.run import PlanRun
-from layercache.runtime.session import OnMismatch
+from layercache.runtime._run import PlanRun
+from layercache.runtime._session import OnMismatch
 
 
 def apply_plan(

@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass
 from typing import TypedDict
 
-from layercache.calibration.propagation import PROBES
+from layercache.calibration._propagation import PROBES
 from layercache.errors import StatsError
 
 _LARGEST_SEED = 2**62

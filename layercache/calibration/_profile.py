@@ -7,10 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from layercache.calibration._record import Run
+from layercache.calibration._reenact import Reenactment
+from layercache.calibration._stage import Others, Stage
 from layercache.calibration.prompts import Batch
-from layercache.calibration.record import Run
-from layercache.calibration.reenact import Reenactment
-from layercache.calibration.stage import Others, Stage
 from layercache.models.pipelines import decodes
 
 PERTURBATION = 0.02

@@ -23,9 +23,9 @@ from layercache.models.gates import Call, Handler
 from layercache.models.measuring import ResidualMeter, Streams
 from layercache.models.tensors import tensor_bytes
 from layercache.plan import Schedule
+from layercache.runtime._offloading import Transfers, shared_transfers
+from layercache.runtime._timing import Clock, Mark
 from layercache.runtime.arithmetic import add, affine
-from layercache.runtime.offloading import Transfers, shared_transfers
-from layercache.runtime.timing import Clock, Mark
 
 Branch = tuple[str | None, int]
 """Name of the cache context and ordinal of the call under that name within one step."""

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 from layercache.plan import Plan, UnitPlan
-from layercache.runtime.groups import Branch, GroupRunner
-from layercache.runtime.report import RunReport, UnitReport
-from layercache.runtime.steps import StepRunner
-from layercache.runtime.timing import Mark, Stopwatch
+from layercache.runtime._groups import Branch, GroupRunner
+from layercache.runtime._report import RunReport, UnitReport
+from layercache.runtime._steps import StepRunner
+from layercache.runtime._timing import Mark, Stopwatch
 
 STEP = "step"
 

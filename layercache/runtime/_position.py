@@ -17,7 +17,7 @@ from typing import Any
 
 from layercache.models._foreign import counts_steps, starts_anywhere
 from layercache.models.stepping import sigmas_of, step_index
-from layercache.runtime.groups import Branch
+from layercache.runtime._groups import Branch
 
 SIGMA_TOLERANCE = 1e-4
 

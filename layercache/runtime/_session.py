@@ -29,17 +29,17 @@ from layercache.models.stepping import (
     solver_of,
     tap_step,
 )
+from layercache.runtime._groups import Branch, GroupRunner
+from layercache.runtime._position import Position, compare_sigmas
+from layercache.runtime._record import STEP, Record
+from layercache.runtime._report import RunReport
+from layercache.runtime._steps import StepRunner
+from layercache.runtime._surroundings import Loop
+from layercache.runtime._timing import Clock
 from layercache.runtime.arithmetic import device_of, signature
-from layercache.runtime.groups import Branch, GroupRunner
-from layercache.runtime.position import Position, compare_sigmas
-from layercache.runtime.record import STEP, Record
-from layercache.runtime.report import RunReport
-from layercache.runtime.steps import StepRunner
-from layercache.runtime.surroundings import Loop
-from layercache.runtime.timing import Clock
 
 if TYPE_CHECKING:
-    from layercache.runtime.run import PlanRun
+    from layercache.runtime._run import PlanRun
 
 OnMismatch = Literal["error", "compute"]
 _SIZES = frozenset({"height", "width", "num_frames"})

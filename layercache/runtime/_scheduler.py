@@ -21,9 +21,9 @@ from torch import Tensor
 from layercache.errors import ModelMismatchError, PlanError, UnsupportedModelError
 from layercache.models.stepping import Stepped, moved_sample, sigmas_of, solver_of
 from layercache.plan import Plan
+from layercache.runtime._position import compare_sigmas
 from layercache.runtime.arithmetic import affine
 from layercache.runtime.executor import StepExecutor
-from layercache.runtime.position import compare_sigmas
 
 _HOOKS = "run it with layercache.runtime.apply_plan"
 _DEFAULT = "FlowMatchEulerDiscreteScheduler"

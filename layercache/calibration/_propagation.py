@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from layercache.calibration._record import Run
+from layercache.calibration._reenact import Reenactment
+from layercache.calibration._stage import Others, Stage
 from layercache.calibration.prompts import Batch
-from layercache.calibration.record import Run
-from layercache.calibration.reenact import Reenactment
-from layercache.calibration.stage import Others, Stage
 
 PROBES = 6
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layercache.calibration.timing import Clock, Mark, StepTimes
+from layercache.calibration._timing import Clock, Mark, StepTimes
 from layercache.models._foreign import execution_device
 from layercache.models.adapters import (
     Adapter,

@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration.jobs import Jobs
-from layercache.calibration.kept import Kept
-from layercache.calibration.profile import image_gain
+from layercache.calibration._jobs import Jobs
+from layercache.calibration._kept import Kept
+from layercache.calibration._profile import image_gain
+from layercache.calibration._propagation import measure_amplification
+from layercache.calibration._record import Performers, Recorder, Run, Tick
+from layercache.calibration._reenact import Reenactment, check_repeats
+from layercache.calibration._residual import ResidualSketches, residual_deltas
+from layercache.calibration._sketch import CountSketch
+from layercache.calibration._stage import Others, Stage
 from layercache.calibration.prompts import Batch
-from layercache.calibration.propagation import measure_amplification
-from layercache.calibration.record import Performers, Recorder, Run, Tick
-from layercache.calibration.reenact import Reenactment, check_repeats
-from layercache.calibration.residual import ResidualSketches, residual_deltas
-from layercache.calibration.sketch import CountSketch
-from layercache.calibration.stage import Others, Stage
 from layercache.errors import StatsError
 
 _LEAST_EXPLAINED = 0.5

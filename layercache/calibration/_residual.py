@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration.replay import ReplayableTransformer
-from layercache.calibration.sketch import CountSketch
+from layercache.calibration._replay import ReplayableTransformer
+from layercache.calibration._sketch import CountSketch
 from layercache.errors import StatsError
 
 
