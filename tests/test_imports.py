@@ -24,7 +24,11 @@ ALLOWED: dict[str, set[str]] = {
     "solver": {"errors"},
     "prediction": {"errors", "stats", "costs", "solver"},
     "verify": {"errors", "stats", "plan", "prediction"},
-    "compile": {"errors", "stats", "options", "costs", "plan", "solver", "prediction", "verify"},
+    "_fit_rows": {"errors", "stats", "options", "plan", "prediction"},
+    "compile": {
+        "errors", "stats", "options", "costs", "plan", "_fit_rows", "solver", "prediction",
+        "verify",
+    },
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
@@ -47,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
 TORCH_FREE = (
     "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "plan", "solver",
     "prediction",
-    "verify", "compile", "cli", "__init__",
+    "verify", "_fit_rows", "compile", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 
