@@ -40,7 +40,14 @@ class Hub(BaseHTTPRequestHandler):
             self._json({"errors": [], "warnings": []})
         elif found := re.fullmatch(r"/api/models/(.+)/preupload/\w+(\?create_pr=1)?", self.path):
             files = json.loads(body)["files"]
-            self._json({"files": [{"path": f["path"], "uploadMode": "regular"} for f in files]})
+            self._json(
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in files
+                    ]
+                }
+            )
         elif found := re.fullmatch(r"/api/models/(.+)/commit/\w+(\?create_pr=1)?", self.path):
             files = self.repositories.get(found[1])
             if files is None:
