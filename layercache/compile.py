@@ -121,6 +121,34 @@ def pareto(
     return [compiler.plan(Budget.parse(budget)) for budget in budgets]
 
 
+def frontier(
+    stats: CalibrationStats,
+    shares: Sequence[float],
+    options: Options | None = None,
+    *,
+    progress: Progress | None = None,
+) -> list[Plan]:
+    """Plans at shares of the compute, without those shares that cannot be met, each plan once.
+
+    Raises:
+        BudgetError: None of them can be met; the message is that of the largest.
+    """
+    compiler = _Compiler(stats, options or Options(), progress or (lambda level, levels: None))
+    plans: list[Plan] = []
+    refused: BudgetError | None = None
+    for share in sorted(set(shares), reverse=True):
+        try:
+            plan = compiler.plan(Budget(fraction=share))
+        except BudgetError as error:
+            refused = refused or error
+            continue
+        if not plans or plan.units != plans[-1].units:
+            plans.append(plan)
+    if not plans and refused is not None:
+        raise refused
+    return plans
+
+
 @dataclass(frozen=True, eq=False)
 class _Choice:
     """A fitted schedule with what is known of it."""

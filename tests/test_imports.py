@@ -44,12 +44,12 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "evaluation": {
-        "errors", "stats", "options", "costs", "plan", "compile", "models", "calibration",
-        "runtime", "reference", "refine",
+        "errors", "_json", "stats", "options", "costs", "plan", "prediction", "compile", "models",
+        "calibration", "runtime", "reference", "refine",
     },
     "cli": {
-        "errors", "_json", "stats", "options", "plan", "compile", "models", "calibration",
-        "evaluation", "reference", "refine",
+        "errors", "_json", "stats", "options", "plan", "plan_set", "compile", "prediction",
+        "models", "calibration", "evaluation", "reference", "refine",
     },
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "plan_set", "options", "compile"},
