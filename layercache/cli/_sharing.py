@@ -107,7 +107,7 @@ def load_shared(path: Path) -> Plan | PlanSet:
 
 def _picture(shared: Plan | PlanSet) -> bytes | None:
     """A PNG of the plans, where matplotlib is installed."""
-    from layercache.evaluation._plots import plan_heat_map
+    from layercache.evaluation.plots import plan_heat_map
 
     plans = (shared,) if isinstance(shared, Plan) else shared.plans
     try:
