@@ -117,36 +117,8 @@ def pareto(
     Raises:
         BudgetError: One of the budgets cannot be met; the message names it.
     """
-    compiler = _Compiler(stats, options or Options(), progress or (lambda level, levels: None))
+    compiler = Compiler(stats, options, progress)
     return [compiler.plan(Budget.parse(budget)) for budget in budgets]
-
-
-def frontier(
-    stats: CalibrationStats,
-    shares: Sequence[float],
-    options: Options | None = None,
-    *,
-    progress: Progress | None = None,
-) -> list[Plan]:
-    """Plans at shares of the compute, without those shares that cannot be met, each plan once.
-
-    Raises:
-        BudgetError: None of them can be met; the message is that of the largest.
-    """
-    compiler = _Compiler(stats, options or Options(), progress or (lambda level, levels: None))
-    plans: list[Plan] = []
-    refused: BudgetError | None = None
-    for share in sorted(set(shares), reverse=True):
-        try:
-            plan = compiler.plan(Budget(fraction=share))
-        except BudgetError as error:
-            refused = refused or error
-            continue
-        if not plans or plan.units != plans[-1].units:
-            plans.append(plan)
-    if not plans and refused is not None:
-        raise refused
-    return plans
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +129,17 @@ class _Choice:
     certificate: Certificate
 
 
-class _Compiler:
+class Compiler:
     """Statistics, options, and what all budgets share."""
 
-    def __init__(self, stats: CalibrationStats, options: Options, progress: Progress) -> None:
+    def __init__(
+        self,
+        stats: CalibrationStats,
+        options: Options | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        options = options or Options()
+        self.progress = progress or (lambda level, levels: None)
         if full_ms(stats) <= 0:
             raise StatsError(
                 "times_ms gives the transformer 0 ms a step, of which no budget can be a share: "
@@ -170,7 +149,7 @@ class _Compiler:
         if options.sigmas is not None:
             stats = resample(stats, np.array(options.sigmas))
         options.check_steps(stats.num_steps)
-        self.stats, self.options, self.progress = stats, options, progress
+        self.stats, self.options = stats, options
         self.forced = uncacheable(stats) | frozenset(options.forced)
         self._models: dict[int, ErrorModel] = {}
         self._fitted: dict[tuple[int, bytes], Fit] = {}

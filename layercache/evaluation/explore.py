@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from layercache._json import parse
-from layercache.compile import frontier
+from layercache.choices import frontier
 from layercache.errors import LayerCacheError
 from layercache.options import Options
 from layercache.plan import Plan

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from layercache import BudgetError, LayerCacheError, Plan
-from layercache.compile import frontier
+from layercache.choices import frontier
 from layercache.evaluation.explore import explore_page
 from layercache.prediction import paying
 from layercache.stats import CalibrationStats
