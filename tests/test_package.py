@@ -68,8 +68,6 @@ def test_one_version_stands_everywhere() -> None:
 
 
 def test_every_extra_is_named_in_the_readme() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"`{extra}`" in text for extra in project["optional-dependencies"])
