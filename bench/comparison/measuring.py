@@ -20,12 +20,13 @@ from torch import Tensor
 from bench.comparison.entrants import Entrant
 from bench.comparison.equal_speed import Curve, Point
 from bench.comparison.lpips import Lpips
+from bench.comparison.metrics import ms_ssim
 from bench.comparison.store import Store
 from bench.comparison.work import PeakMemory
 from layercache.calibration.prompts import Batch
 from layercache.evaluation._latency import Run, timed_run
 from layercache.evaluation.methods import Uncached
-from layercache.evaluation.metrics import fidelity, ms_ssim
+from layercache.evaluation.metrics import fidelity
 from layercache.stats import write_atomically
 
 Clock = Literal["wall", "cpu"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from bench.comparison.goals import goals
+from bench.comparison.metrics import bootstrap_interval
 from bench.comparison.results import (
     MEAN_CACHE,
     OURS,
@@ -14,7 +15,6 @@ from bench.comparison.results import (
     margins,
 )
 from layercache.evaluation._report import html_page, picture_panel
-from layercache.evaluation.metrics import bootstrap_interval
 
 TITLE = "LayerCache against every rival, at equal measured speed"
 

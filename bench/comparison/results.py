@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.comparison.equal_speed import Curve, Reading
+from bench.comparison.metrics import bootstrap_interval
 from bench.comparison.scenario import Scenario
-from layercache.evaluation.metrics import bootstrap_interval
 
 OURS = "layercache"
 REFINED = "layercache-refined"

@@ -20,6 +20,7 @@ from bench.comparison.goals import goals
 from bench.comparison.inputs import GROUPS, PUBLISHED_GROUPS, Inputs
 from bench.comparison.lpips import Lpips, load_lpips
 from bench.comparison.measuring import BLOCK, Clock, Measuring
+from bench.comparison.metrics import ms_ssim_scales
 from bench.comparison.page import bench_page
 from bench.comparison.pictures import equal_speed_sheet, speed_curves
 from bench.comparison.results import ScenarioResult
@@ -31,7 +32,6 @@ from bench.peers.cachedit import cache_dit_version
 from layercache.errors import LayerCacheError
 from layercache.evaluation._latency import run_once
 from layercache.evaluation.methods import Uncached
-from layercache.evaluation.metrics import ms_ssim_scales
 from layercache.reference import prompts
 from layercache.stats import write_atomically
 

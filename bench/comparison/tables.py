@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.comparison.goals import goal_lines
+from bench.comparison.metrics import bootstrap_interval
 from bench.comparison.results import ScenarioResult, margins
-from layercache.evaluation.metrics import bootstrap_interval
 
 
 def table(result: ScenarioResult) -> str:

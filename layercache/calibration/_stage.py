@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from layercache.calibration.prompts import Batch, noise_seed
@@ -217,8 +216,3 @@ class Stage:
             self.number, self.step = 0, self.step + 1
         result = results[-1]
         return result if moved_sample(result) is found else with_sample(result, found)
-
-
-def same_tensors(first: Tensor, second: Tensor) -> bool:
-    """Equal to the last bit, wherever they are."""
-    return first.shape == second.shape and torch.equal(first.to(second), second)

@@ -8,11 +8,10 @@ Shape suffixes: N images or videos, F frames, C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +20,6 @@ from layercache.evaluation._frames import as_tensor, split_frames
 
 PSNR_CEILING_DB = 120.0
 """What two equal images count as. float32 rounding alone leaves about 140 dB."""
-
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-"""Weights of the five scales, the finest first (Wang, Simoncelli, Bovik, 2003)."""
-
-_WINDOW = 11
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ def psnr(images: Any, references: Any) -> Tensor:
         >>> psnr(torch.full((1, 3, 8, 8), 0.6), torch.full((1, 3, 8, 8), 0.5))
         tensor([20.0000], dtype=torch.float64)
     """
-    return _by_frame(lambda a, b: _decibels((a - b).pow(2).flatten(1).mean(1)), images, references)
+    return by_frame(lambda a, b: _decibels((a - b).pow(2).flatten(1).mean(1)), images, references)
 
 
 def latent_psnr(latents: Tensor, references: Tensor) -> Tensor:
@@ -120,75 +114,7 @@ def ssim(images: Any, references: Any) -> Tensor:
         )
         return value.reshape(len(a)).double()
 
-    return _by_frame(measure, images, references)
-
-
-def ms_ssim_scales(height: int, width: int) -> int:
-    """How many of the five scales of MS-SSIM an image is large enough for; 1 means none but SSIM.
-
-    The Gaussian window of 11 pixels must fit into the coarsest scale, as torchmetrics counts it.
-
-    Example:
-        >>> ms_ssim_scales(32, 32), ms_ssim_scales(1024, 1024)
-        (2, 5)
-    """
-    side = min(height, width)
-    fits = [
-        scales
-        for scales in range(2, len(MS_SSIM_WEIGHTS) + 1)
-        if side >= 2**scales and side // (scales - 1) ** 2 >= _WINDOW
-    ]
-    return max(fits, default=1)
-
-
-def ms_ssim(images: Any, references: Any) -> Tensor | None:
-    """(N,) multi-scale structural similarity, or None where images are smaller than 2 scales need.
-
-    Small images have fewer than five scales (see `ms_ssim_scales`); the weights of those that
-    remain are scaled to sum to 1, so the value is comparable between images of one size only.
-
-    Raises:
-        LayerCacheError: The shapes differ, a pixel is NaN, or torchmetrics is not installed.
-    """
-    try:
-        from torchmetrics.functional.image import (
-            multiscale_structural_similarity_index_measure as measure,
-        )
-    except ImportError as error:
-        raise LayerCacheError(
-            "MS-SSIM needs torchmetrics, which is not installed: "
-            "pip install 'layercache-flow[eval]'"
-        ) from error
-    scales = ms_ssim_scales(*as_tensor(references).shape[-2:])
-    if scales < 2:
-        return None
-    chosen = MS_SSIM_WEIGHTS[:scales]
-    weights = tuple(weight / sum(chosen) for weight in chosen)
-
-    def of_frames(a: Tensor, b: Tensor) -> Tensor:
-        value: Tensor = measure(
-            a.float(), b.float(), data_range=1.0, reduction="none", betas=weights, normalize="relu"
-        )
-        return value.reshape(len(a)).double()
-
-    return _by_frame(of_frames, images, references)
-
-
-def bootstrap_interval(
-    values: Sequence[float], level: float = 0.95, samples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean under resampling of the values (Efron, 1979).
-
-    It says how far the mean depends on which prompts were drawn, and nothing about timing noise.
-
-    Example:
-        >>> bootstrap_interval([1.0, 1.0, 1.0])
-        (1.0, 1.0)
-    """
-    data = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(data), size=(samples, len(data)))
-    low, high = np.quantile(data[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return by_frame(measure, images, references)
 
 
 def fidelity(images: Any, references: Any, *, decoded: bool = True) -> Fidelity:
@@ -206,7 +132,7 @@ def _decibels(error: Tensor) -> Tensor:
     return (-10 * error.clamp_min(10 ** (-PSNR_CEILING_DB / 10)).log10()).clamp_max(PSNR_CEILING_DB)
 
 
-def _by_frame(measure: Callable[[Tensor, Tensor], Tensor], images: Any, references: Any) -> Tensor:
+def by_frame(measure: Callable[[Tensor, Tensor], Tensor], images: Any, references: Any) -> Tensor:
     """(N,) means over frames of what is measured between the frames, clamped to [0, 1]."""
     a, b = _checked(as_tensor(images), as_tensor(references), "(N, C, H, W) or (N, F, C, H, W)", 4)
     (a, count), (b, _) = split_frames(a.clamp(0, 1)), split_frames(b.clamp(0, 1))

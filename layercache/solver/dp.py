@@ -18,7 +18,6 @@ never worse.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -227,12 +226,6 @@ def solve(problem: ScheduleProblem) -> ScheduleSolution:
         BudgetError: No schedule fits; the message gives the smallest feasible budget.
     """
     return DynamicProgramme(problem).solve(problem.budget_ms)
-
-
-def solve_many(problem: ScheduleProblem, budgets_ms: Sequence[float]) -> list[ScheduleSolution]:
-    """The same problem under several budgets, from one pass over the fronts."""
-    programme = DynamicProgramme(problem)
-    return [programme.solve(budget) for budget in budgets_ms]
 
 
 def compress(prices: FloatArray, run: np.ndarray) -> FloatArray:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.comparison.equal_speed import Curve, Point, pareto_front, read_at
-from layercache.evaluation.metrics import bootstrap_interval
+from bench.comparison.metrics import bootstrap_interval
 
 
 def point(speedup: float, *psnr: float, share: float | None = None) -> Point:

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from bench.comparison.lpips import load_lpips
+from bench.comparison.metrics import ms_ssim, ms_ssim_scales
 from layercache.errors import LayerCacheError
 from layercache.evaluation.metrics import (
     PSNR_CEILING_DB,
     fidelity,
-    ms_ssim,
-    ms_ssim_scales,
     psnr,
     ssim,
 )

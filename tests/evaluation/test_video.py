@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.comparison.lpips import Lpips
+from bench.comparison.metrics import ms_ssim
 from layercache.errors import LayerCacheError
 from layercache.evaluation._frames import as_tensor
 from layercache.evaluation._sheets import FRAMES, image_sheet
@@ -22,7 +23,6 @@ from layercache.evaluation.evaluate import evaluate_plan
 from layercache.evaluation.metrics import (
     fidelity,
     latent_psnr,
-    ms_ssim,
     psnr,
     ssim,
 )

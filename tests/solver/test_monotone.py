@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from layercache.errors import BudgetError
 from layercache.solver import SOLVERS, ScheduleProblem
-from layercache.solver.dp import DynamicProgramme, solve_many
+from layercache.solver.dp import DynamicProgramme
 from tests.solver.strategies import full_cost, problems, random_problem
 
 
@@ -83,7 +83,8 @@ def test_a_unit_that_may_be_cached_is_never_worse_than_one_that_may_not(
 def test_many_budgets_from_one_pass_equal_one_at_a_time() -> None:
     problem = random_problem(3, steps=12, groups=3, step_unit=True, lags=5, spans=5)
     budgets = [share * full_cost(problem) for share in (0.9, 0.6, 0.4)]
-    together = solve_many(problem, budgets)
+    programme = DynamicProgramme(problem)
+    together = [programme.solve(budget) for budget in budgets]
     for budget, solution in zip(budgets, together, strict=True):
         alone = SOLVERS["dp"](problem.with_budget(budget))
         assert solution.objective == alone.objective
