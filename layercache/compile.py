@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from layercache.costs import STEP, cache_bytes, cell_ms, full_ms, speedup_of
-from layercache.errors import BudgetError, LayerCacheError, StatsError
+from layercache.errors import BudgetError, LayerCacheError, OptionError, StatsError
 from layercache.options import Options
 from layercache.plan import COMPUTED, IDLE, SPANS, Budget, Certificate, Plan, UnitPlan
 from layercache.prediction import (
@@ -141,6 +141,11 @@ class _Compiler:
         if options.sigmas is not None:
             stats = resample(stats, np.array(options.sigmas))
         options.check_steps(stats.num_steps)
+        if not stats.groups and "step" not in options.units:
+            raise OptionError(
+                f"units is {tuple(options.units)}, and the statistics have no groups: add "
+                "'step', or calibrate a model that has an adapter with groups="
+            )
         self.stats, self.options, self.progress = stats, options, progress
         self.forced = uncacheable(stats) | frozenset(options.forced)
         self._models: dict[int, ErrorModel] = {}

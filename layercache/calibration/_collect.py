@@ -68,7 +68,7 @@ class _Deltas:
         self.run, self.component, self.jobs, self.sketch = run, component, jobs, sketch
         self.segments = run.segments(component)
         prompts = len(run.velocities[0])
-        if jobs.mode == "replay":
+        if jobs.measures:
             shape = (prompts, jobs.steps, jobs.groups, jobs.lags, sketch.size)
             self.table: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
         else:
@@ -84,7 +84,7 @@ class _Deltas:
         delta = (velocity.float() - run.velocities[step].to(velocity).float()) * run.sign
         if isinstance(run.mask, Tensor):
             delta = delta * run.mask.to(delta)
-        if jobs.mode == "replay":
+        if jobs.measures:
             self.table[:, step, group, lag - 1] = self.sketch(delta).cpu().numpy()
         else:
             row = self.table[:, jobs.scale_steps.index(step), group]
@@ -127,7 +127,7 @@ def collect(
 
     def on_step(step: int) -> None:
         component = run.calls[step].component
-        if jobs.mode == "residual" and component in performers:
+        if not jobs.measures and component in performers:
             # As long as the sketches of the velocities.
             longest = min(sketching.size, run.velocities[0][0].numel())
             new = ResidualSketches(longest, sketching.seed, size)
@@ -149,9 +149,7 @@ def collect(
         gain = image_gain(stage, batch, run, others, images)
         amplification = measure_amplification(stage, batch, run, others, probes)
         tables = {
-            name: found.table
-            if jobs.mode == "replay"
-            else _stand_ins(residuals[name], found, jobs, run)
+            name: found.table if jobs.measures else _stand_ins(residuals[name], found, jobs, run)
             for name, found in deltas.items()
         }
     finally:

@@ -191,7 +191,8 @@ def _plan_memory(
     limit = default_bound(device) if max_memory is None else max_memory
     run, on_cpu = trial.run, device.type == "cpu"
     sizes = [step.group_bytes for step in run.calls if step.group_bytes]
-    step, widest = max(map(sum, sizes)), max(map(max, sizes))
+    step = max(map(sum, sizes), default=0)
+    widest = max((max(row) for row in sizes), default=0)
     prompts, numel = len(run.velocities[0]), run.velocities[0][0].numel()
     velocity = prompts * numel * 4
     size = min(sketch_size, numel)

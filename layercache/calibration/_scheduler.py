@@ -17,12 +17,29 @@ from layercache.errors import StatsError
 from layercache.models.stepping import sigmas_of, step_index, walk
 
 _TOLERANCE = 1e-3
+_VELOCITY = "flow_prediction"
+"""What diffusers' schedulers call it; those for flow matching alone have no `prediction_type`."""
 _ADVICE = "use a deterministic flow-matching scheduler, such as FlowMatchEulerDiscreteScheduler"
 
 
 def run_sigmas(scheduler: Any) -> tuple[float, ...]:
     """The noise levels from the step that the scheduler is at to the end."""
     return sigmas_of(scheduler)[step_index(scheduler) :]
+
+
+def check_prediction(scheduler: Any) -> None:
+    """Refuse a scheduler whose configuration says that the model predicts no velocity.
+
+    Raises:
+        StatsError: It does; the message names what is predicted.
+    """
+    found = getattr(scheduler, "config", {}).get("prediction_type", _VELOCITY)
+    if found != _VELOCITY:
+        raise StatsError(
+            f"by the prediction_type of {type(scheduler).__name__} the model predicts {found!r}, "
+            "and plans extrapolate velocities, dz/dsigma with z = (1 - sigma) image + sigma noise: "
+            f"{_ADVICE}, if the model was trained for it; a plan for this model cannot be made"
+        )
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -41,6 +41,7 @@ class Entry:
         partial: A part of the latent is the pipeline's own to make, such as an inpainted
             background or a first frame.
         negated: The model's output points against the velocity.
+        grouped: An adapter knows the model, so that its blocks can be grouped.
         refused: Why calibration has to refuse this entry; empty where it has not.
         note: What is different here from the ordinary case, for the table.
     """
@@ -55,6 +56,7 @@ class Entry:
     component: str = "transformer"
     partial: bool = False
     negated: bool = False
+    grouped: bool = True
     refused: str = ""
     note: str = ""
 

@@ -23,7 +23,7 @@ COVERED = "all of it"
 def facts_of(entry: Entry) -> tuple[str, str, str]:
     """Classes of the transformer, the pipeline and the scheduler of an entry, as they are built."""
     pipe = entry.build()
-    family = adapter_for(getattr(pipe, entry.component)).class_name
+    family = adapter_for(getattr(pipe, entry.component), required=False).class_name
     return family, entry.pipeline, type(pipe.scheduler).__name__
 
 
