@@ -351,7 +351,7 @@ class _Compiler:
             budget,
             self.options,
             rows_of(stats, self.options, choice.fit),
-            psnr=None if choice.fit.exact or not np.isfinite(psnr).all() else psnr,
+            psnr=psnr if np.isfinite(psnr).all() else None,
             certificate=choice.certificate,
             provenance=provenance,
         )

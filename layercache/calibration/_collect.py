@@ -37,6 +37,7 @@ class Measured:
     """What one batch gave for one component; arrays as in `CalibrationStats`, B prompts long."""
 
     sigmas: tuple[float, ...]
+    passes: int
     loads: NDArray[np.float64]
     segments: NDArray[np.float64]
     velocities: NDArray[np.float32]
@@ -157,12 +158,13 @@ def collect(
     velocities, latents = _sketches(run, sketch)
     return {
         name: Measured(
-            sigmas=run.sigmas,
-            loads=run.loads(name),
-            segments=run.segments(name),
+            sigmas=run.levels,
+            passes=run.passes,
+            loads=run.loads(name)[run.first],
+            segments=_renumbered(run.segments(name)[run.first]),
             velocities=velocities,
             latents=latents,
-            deltas=tables[name],
+            deltas=tables[name][:, run.first],
             times_ms=np.tile(_times(run, performers, name), (size, 1)),
             image_gain=gain,
             amplification=amplification,
@@ -219,9 +221,13 @@ def _stand_ins(
 
 
 def _sketches(run: Run, sketch: CountSketch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    velocities = [sketch(run.velocity(step)) for step in range(run.steps)]
-    latents = [sketch(latent.float() * run.mask) for latent in run.latents]
+    velocities = [sketch(run.velocity(step)) for step in run.first]
+    latents = [sketch(run.latents[step].float() * run.mask) for step in (*run.first, -1)]
     return torch.stack(velocities, dim=1).numpy(), torch.stack(latents, dim=1).numpy()
+
+
+def _renumbered(segments: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.unique(segments, return_inverse=True)[1].astype(np.float64)
 
 
 def _times(run: Run, performers: Performers, name: str) -> NDArray[np.float64]:

@@ -135,8 +135,9 @@ def estimate_run(
     by_step = np.array([forward.get(step.component, typical) for step in run.calls])
     memory = _plan_memory(trial, jobs, device, sketch_size, max_memory)
     ratio = trial.pair_ratio if memory.lags_together > 1 else 1.0
-    reruns = probe_steps(run.sigmas, probes)
-    computed = float(by_step.sum() + sum(by_step[step + 1 :].sum() for step in reruns))
+    reruns = probe_steps(run.levels, probes)
+    again = by_step[run.first]
+    computed = float(by_step.sum() + sum(again[step + 1 :].sum() for step in reruns))
     for name, row in warm.items():
         own = [index for index, step in enumerate(run.calls) if step.component == name]
         computed += ratio * forward[name] * _replayed_forwards(jobs, own, row[:-1])
@@ -159,7 +160,7 @@ def estimate_run(
         file_bytes=prompts * sketch,
         offload=memory.offload,
         lags_together=memory.lags_together,
-        sigmas=run.sigmas,
+        sigmas=run.levels,
     )
 
 

@@ -160,6 +160,7 @@ class Session:
         setting = {**self.settings[component], LATENT_SHAPE: list(measured.latent_shape)}
         return CalibrationStats(
             sigmas=np.array(measured.sigmas),
+            passes=measured.passes,
             loads=measured.loads,
             segments=measured.segments,
             groups=self.components[component],

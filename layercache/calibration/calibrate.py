@@ -24,6 +24,7 @@ from layercache.calibration.sharding import Processes, Shard, is_main_process, t
 from layercache.errors import StatsError, UnsupportedModelError
 from layercache.models.adapters import adapter_for, blocks_of
 from layercache.models.pipelines import components_of
+from layercache.models.stepping import calls_twice
 from layercache.stats import CalibrationStats, Group, merge_all
 
 _log: Log = logging.getLogger(__name__).info
@@ -283,6 +284,12 @@ def _chosen_groups(
 ) -> tuple[Group, ...]:
     count = auto_count(groups)
     counts = _block_counts(pipe, component, groups)
+    if groups is None and calls_twice(pipe.scheduler):
+        log(
+            f"{type(pipe.scheduler).__name__} calls the model twice a step: there are no groups of "
+            "blocks, and plans skip whole steps"
+        )
+        return ()
     if not counts:
         log(
             f"no adapter knows {type(getattr(pipe, component)).__name__}: there are no groups of "

@@ -93,6 +93,8 @@ def check_stats(stats: CalibrationStats) -> None:
             f"mode is {stats.mode!r} and probes {stats.probes}; the modes are "
             f"{' and '.join(map(repr, _MODES))}, and probes cannot be negative"
         )
+    if stats.passes not in (1, 2):
+        raise StatsError(f"passes is {stats.passes}; the calls of a step are made once or twice")
     if (stats.times_ms < 0).any():
         raise StatsError("times_ms must not be negative")
     if not (stats.times_ms[:, :-1] > 0).any(axis=1).all():

@@ -103,7 +103,7 @@ ENTRIES = (
     _entry("perturbed-attention guidance, image-to-image", {"image": _image, "strength": 0.7},
            _pag("StableDiffusion3PAGImg2ImgPipeline"), kind="PAGImg2Img"),
     _entry("Heun", {}, _build("StableDiffusion3Pipeline", vae=False, scheduler=heun),
-           refused="Heun calls the transformer twice a step, at repeated noise levels"),
+           grouped=False, passes=2),
     _entry("image-to-image", {"image": _image, "strength": 0.7}, kind="Img2Img"),
     _entry("inpaint", {"image": _image, "mask_image": _mask, "strength": 1.0},
            _build("StableDiffusion3InpaintPipeline", channels=16), kind="Inpaint", partial=True),

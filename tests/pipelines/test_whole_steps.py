@@ -26,7 +26,7 @@ def test_the_scheduler_makes_what_the_hooks_make(entry: Entry, tmp_path: Any) ->
     with entry.patches():
         pipe = entry.build()
         stats = evenly_timed(measured(entry, pipe))
-        assert stats.num_groups == 0 and stats.model["block_lists"] == {}
+        assert stats.num_groups == 0
         stats.save(tmp_path / "stats.npz")
         stats = CalibrationStats.load(tmp_path / "stats.npz")
         plan = compile_plan(stats, Budget(speedup=SPEEDUP))
