@@ -70,7 +70,7 @@ class Session:
         self._step = -1
         # Under a scheduler that calls the model twice a step: the last step that the plan made, so
         # that its second call has nothing to do; and what each branch returned to the first call.
-        self._owned = -1
+        self._owned: int | None = None
         self._again = False
         self._forms: dict[Branch, Any] = {}
         self.groups: list[GroupRunner] = []
@@ -112,8 +112,8 @@ class Session:
     def end(self) -> None:
         """The run under way, if any, was left: nothing is kept for it."""
         self._loop = None
-        self._answered.clear()
-        self._computed.clear()
+        for held in (self._answered, self._computed, self._forms):
+            held.clear()
         self.flush()
 
     # -- calls of the transformer --------------------------------------------------------------
@@ -220,18 +220,15 @@ class Session:
             self._record.steps_elsewhere |= steps
         self._unclaimed = (None, set())
         self._levels = levels(self.scheduler.sigmas.tolist())
-        self._owned = -1
+        self._owned = None
         if self.step_runner is not None and any(self.step_runner.schedule.cached):
             self._solver = self._solver or solver_of(self.scheduler)
         self._controlled = self._matches(sigmas_of(self.scheduler))
-        if (
-            self._controlled
-            and position.twice
-            and any(any(self.plan.schedules[group.name].cached) for group in self.plan.groups)
-        ):
+        groups = [row for name, row in self.plan.schedules.items() if name != STEP]
+        if self._controlled and position.twice and any(any(row.cached) for row in groups):
+            name = type(self.scheduler).__name__
             self._mismatched(
-                f"{type(self.scheduler).__name__} calls the model twice a step, and the plan "
-                "caches groups of blocks"
+                f"{name} calls the model twice a step, the plan caches groups of blocks"
             )
         self._compare_setting(caller)
 

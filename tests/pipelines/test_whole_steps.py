@@ -17,7 +17,8 @@ from tests.pipelines.observe import run
 from tests.pipelines.registry import BY_NAME, ENTRIES
 from tests.pipelines.test_matrix import evenly_timed, measured
 
-BARE = [entry for entry in ENTRIES if not entry.grouped]
+# A scheduler in place of hooks refuses runs that start late.
+BARE = [e for e in ENTRIES if not e.grouped and "image-to-image" not in e.variant]
 UNET = BY_NAME["StableDiffusionPipeline: a UNet that predicts a velocity"]
 
 
@@ -92,6 +93,34 @@ def test_what_is_no_velocity_is_refused_before_anything_runs(
         with pytest.raises(StatsError, match=f"predicts '{prediction}'"):
             measure(pipe, [UNET.prompt(1)], num_inference_steps=3, call_kwargs=UNET.call())
     assert not calls
+
+
+def test_two_calls_a_step_leave_no_groups_and_no_experts() -> None:
+    entry = BY_NAME["StableDiffusion3Pipeline: Heun"]
+    pipe, calls = entry.build(), list[int]()
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(StatsError, match="twice a step"):
+        measured(entry, pipe, groups=2)
+    assert not calls
+    experts = BY_NAME["WanImageToVideoPipeline: image-to-video, two experts"]
+    pipe = experts.build()
+    pipe.scheduler = entry.build().scheduler
+    with pytest.raises(StatsError, match="models take turns"):
+        measured(experts, pipe, groups=None)
+
+
+@pytest.mark.parametrize("solver", ["search", "dp", "greedy", "milp"])
+def test_a_call_of_heun_s_counts_as_it_costs(solver: str) -> None:
+    entry = BY_NAME["StableDiffusion3Pipeline: Heun"]
+    stats = evenly_timed(measured(entry, entry.build()))
+    total = 2 * stats.num_steps - 1
+    for computed in range(2, stats.num_steps + 1):
+        plan = compile_plan(stats, (computed + 0.01) / total, solver=solver)
+        assert sum(plan.run_steps) <= computed
+        assert plan.predicted.compute_share == pytest.approx(sum(plan.run_steps) / total)
+        assert plan.predicted.psnr_db is not None
+    # Ten milliseconds a call, and one around it.
+    assert plan.predicted.speedup == pytest.approx(11 * total / (10 * sum(plan.run_steps) + total))
 
 
 def test_a_denoiser_is_found_and_named() -> None:

@@ -164,6 +164,27 @@ assert torch.equal(call(), torch.load({str(tmp_path / "expected.pt")!r}))
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
+def test_every_pipeline_s_is_read_in_another_process(tmp_path: Path) -> None:
+    for name in PIPELINES:
+        plan, pipe, call = plan_and_pipeline(name)
+        pipe.scheduler = LayerCacheScheduler.from_plan(plan, pipe.scheduler)
+        pipe.scheduler.save_pretrained(tmp_path / name)
+        torch.save(call(), tmp_path / name / "expected.pt")
+    code = f"""
+import torch
+from pathlib import Path
+from layercache.runtime import LayerCacheScheduler
+from tests.runtime.pipelines import PIPELINES, build
+for name in PIPELINES:
+    folder = Path({str(tmp_path)!r}) / name
+    pipe, call = build(name)
+    pipe.scheduler = LayerCacheScheduler.from_pretrained(folder)
+    found, expected = call(), torch.load(folder / "expected.pt")
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
 def test_a_whole_pipeline_is_saved_with_it(tmp_path: Path) -> None:
     plan, pipe, call = plan_and_pipeline()
     pipe.scheduler = LayerCacheScheduler.from_plan(plan, pipe.scheduler)
