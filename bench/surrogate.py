@@ -43,10 +43,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layercache import CalibrationStats, Plan
+from layercache._fit_rows import rows_of
 from layercache.calibration import calibrate
 from layercache.calibration._sketch import CountSketch
 from layercache.calibration.prompts import Batch, batches
-from layercache.compile import rows_of
 from layercache.costs import STEP
 from layercache.options import Options
 from layercache.plan import Budget, Certificate

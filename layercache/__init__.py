@@ -4,6 +4,7 @@ Importing this package does not import torch. Calibration and the runtime, which
 `layercache.calibration` and `layercache.runtime`.
 """
 
+from layercache._version import VERSION as __version__
 from layercache.compile import compile_plan, pareto
 from layercache.errors import (
     BudgetError,
@@ -15,6 +16,7 @@ from layercache.errors import (
 )
 from layercache.options import Options
 from layercache.plan import Budget, Plan
+from layercache.plan_set import PlanSet
 from layercache.stats import CalibrationStats, Group
 
 __all__ = [
@@ -27,8 +29,10 @@ __all__ = [
     "Options",
     "Plan",
     "PlanError",
+    "PlanSet",
     "StatsError",
     "UnsupportedModelError",
+    "__version__",
     "compile_plan",
     "pareto",
 ]

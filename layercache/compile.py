@@ -18,10 +18,11 @@ from functools import cached_property
 import numpy as np
 from pydantic import ValidationError
 
+from layercache._fit_rows import rows_of
 from layercache.costs import STEP, cache_bytes, cell_ms, full_ms, speedup_of
-from layercache.errors import BudgetError, LayerCacheError, OptionError, StatsError
+from layercache.errors import BudgetError, OptionError, StatsError
 from layercache.options import Options
-from layercache.plan import COMPUTED, IDLE, SPANS, Budget, Certificate, Plan, UnitPlan
+from layercache.plan import Budget, Certificate, Plan
 from layercache.prediction import (
     DEPTH,
     STEP_LAGS,
@@ -116,7 +117,7 @@ def pareto(
     Raises:
         BudgetError: One of the budgets cannot be met; the message names it.
     """
-    compiler = _Compiler(stats, options or Options(), progress or (lambda level, levels: None))
+    compiler = Compiler(stats, options, progress)
     return [compiler.plan(Budget.parse(budget)) for budget in budgets]
 
 
@@ -128,10 +129,17 @@ class _Choice:
     certificate: Certificate
 
 
-class _Compiler:
+class Compiler:
     """Statistics, options, and what all budgets share."""
 
-    def __init__(self, stats: CalibrationStats, options: Options, progress: Progress) -> None:
+    def __init__(
+        self,
+        stats: CalibrationStats,
+        options: Options | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        options = options or Options()
+        self.progress = progress or (lambda level, levels: None)
         if full_ms(stats) <= 0:
             raise StatsError(
                 "times_ms gives the transformer 0 ms a step, of which no budget can be a share: "
@@ -146,7 +154,7 @@ class _Compiler:
                 f"units is {tuple(options.units)}, and the statistics have no groups: add "
                 "'step', or calibrate a model that has an adapter with groups="
             )
-        self.stats, self.options, self.progress = stats, options, progress
+        self.stats, self.options = stats, options
         self.forced = uncacheable(stats) | frozenset(options.forced)
         self._models: dict[int, ErrorModel] = {}
         self._fitted: dict[tuple[int, bytes], Fit] = {}
@@ -369,48 +377,3 @@ class _Compiler:
             "relax the budget, calibrate with more lags, or raise max_gap and max_cache_bytes "
             "where they are set"
         )
-
-
-def rows_of(stats: CalibrationStats, options: Options, fit: Fit) -> tuple[UnitPlan, ...]:
-    """A fitted schedule as the rows of a plan."""
-    run, rows = fit.computed[:, 0], []
-    if "step" in options.units or any(fit.taps):
-        cells = "".join(COMPUTED if here else SPANS[0] for here in run)
-        taps = fit.taps if any(fit.taps) else None
-        rows.append(UnitPlan(kind="step", cells=cells, taps=taps))
-    if "groups" in options.units:
-        for index in range(stats.num_groups):
-            rows.append(_group_row(stats, fit, index))
-    return tuple(rows)
-
-
-def _group_row(stats: CalibrationStats, fit: Fit, index: int) -> UnitPlan:
-    symbols, taps = [], []
-    done: list[int] = []
-    for step, here in enumerate(fit.computed[:, 1 + index].tolist()):
-        row: tuple[float, ...] = ()
-        if here:
-            symbols.append(COMPUTED)
-            done.append(step)
-        elif not fit.computed[step, 0]:
-            symbols.append(IDLE)
-        else:
-            cell = fit.cells[index][step]
-            read = [h for h, tap in enumerate(cell.taps) if tap]
-            span = done[-1] - done[-2 - read[-1]] if read else 0
-            if span >= len(SPANS):
-                raise LayerCacheError(
-                    f"{stats.groups[index].name}: a span of {span} steps has no symbol in a plan"
-                )
-            symbols.append(SPANS[span])
-            row = () if cell.published or not read else cell.taps
-        taps.append(row)
-    group = stats.groups[index]
-    return UnitPlan(
-        kind="group",
-        block_list=group.block_list,
-        start=group.start,
-        stop=group.stop,
-        cells="".join(symbols),
-        taps=tuple(taps) if any(taps) else None,
-    )

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercache import Budget, BudgetError, CalibrationStats, LayerCacheError, Plan, compile_plan
-from layercache.compile import pareto, rows_of
+from layercache._fit_rows import rows_of
+from layercache.compile import pareto
 from layercache.errors import OptionError, StatsError
 from layercache.options import PREDICTORS, SOLVERS, Options
 from layercache.plan import COMPUTED, Certificate

@@ -20,11 +20,24 @@ ALLOWED: dict[str, set[str]] = {
     "_plan_rows": {"errors"},
     "costs": {"stats", "_plan_rows"},
     "_plan_parts": {"errors", "stats", "costs", "_plan_rows"},
-    "plan": {"errors", "_json", "stats", "options", "costs", "_plan_parts", "_plan_rows"},
+    "_version": set(),
+    "_hub": {"errors"},
+    "_json_file": {"errors", "_json", "_hub", "_card", "_plan_rows", "stats"},
+    "plan": {
+        "errors", "_json", "_json_file", "_version", "stats", "options", "costs", "_plan_parts",
+        "_plan_rows",
+    },
+    "plan_set": {"errors", "_json_file", "plan"},
+    "_card": {"plan"},
     "solver": {"errors"},
     "prediction": {"errors", "stats", "costs", "solver"},
     "verify": {"errors", "stats", "plan", "prediction"},
-    "compile": {"errors", "stats", "options", "costs", "plan", "solver", "prediction", "verify"},
+    "_fit_rows": {"errors", "stats", "options", "plan", "prediction"},
+    "compile": {
+        "errors", "stats", "options", "costs", "plan", "_fit_rows", "solver", "prediction",
+        "verify",
+    },
+    "choices": {"errors", "stats", "options", "plan", "compile"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
@@ -34,20 +47,22 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "evaluation": {
-        "errors", "stats", "options", "costs", "plan", "compile", "models", "calibration",
-        "runtime", "reference", "refine",
+        "errors", "_json", "stats", "options", "costs", "plan", "prediction", "choices",
+        "models",
+        "compile", "calibration", "runtime", "reference", "refine",
     },
     "cli": {
-        "errors", "_json", "stats", "options", "plan", "compile", "models", "calibration",
-        "evaluation", "reference", "refine",
+        "errors", "_json", "stats", "options", "plan", "plan_set", "compile", "prediction",
+        "models", "calibration", "runtime", "evaluation", "reference", "refine",
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "stats", "plan", "options", "compile"},
+    "__init__": {"_version", "errors", "stats", "plan", "plan_set", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "plan", "solver",
-    "prediction",
-    "verify", "compile", "cli", "__init__",
+    "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub", "_version",
+    "_card", "_json_file",
+    "plan", "plan_set", "solver", "prediction",
+    "verify", "_fit_rows", "compile", "choices", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

@@ -8,14 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from layercache.prediction.error import (
-    ErrorModel,
-    fold,
-    mean_log10,
-    moves_as_euler,
-    predicted_psnr,
-    short,
-)
+from layercache.prediction._vectors import fold, short
+from layercache.prediction.error import ErrorModel, mean_log10, moves_as_euler, predicted_psnr
 from layercache.stats import CalibrationStats
 from tests.prediction.oracle import polynomial_stats, random_table
 from tests.prediction.strategies import random_stats
