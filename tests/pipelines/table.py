@@ -56,7 +56,7 @@ def table() -> str:
         "for 1.3x with whole steps and with groups alone, run under both plans (the PSNR to the "
         f"plain run is what they promise, or at most {SLACK_DB:g} dB lower) and under one that "
         "computes everything (bit-identical). There are no groups where the model has no adapter "
-        "or the scheduler calls it twice a step (Heun). Under Heun the plan that computes everything "
+        "or the scheduler calls it twice a step (Heun), under which a plan that computes all steps "
         "makes one call a step and is not bit-identical.",
         "",
         "| transformer | pipeline | scheduler | variants | |",
