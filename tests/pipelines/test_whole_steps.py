@@ -80,6 +80,16 @@ def test_no_groups_of_a_known_model(mode: str) -> None:
     assert applied.report().warnings == ()
 
 
+def test_a_change_of_the_calls_is_seen_without_groups() -> None:
+    entry = BY_NAME["ZImagePipeline: guidance ends midway"]
+    pipe = entry.build()
+    bare, full = measured(entry, pipe, groups=0), measured(entry, pipe)
+    assert bare.segments.max() == 1
+    assert bare.segments.tolist() == full.segments.tolist()
+    assert bare.loads[:, -1].tolist() == full.loads[:, -1].tolist()
+    assert bare.loads.min() < 1
+
+
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_what_is_no_velocity_is_refused_before_anything_runs(
