@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from layercache._fit_rows import rows_of
 from layercache.costs import STEP, cache_bytes, cell_ms, full_ms, speedup_of
-from layercache.errors import BudgetError, StatsError
+from layercache.errors import BudgetError, OptionError, StatsError
 from layercache.options import Options
 from layercache.plan import Budget, Certificate, Plan
 from layercache.prediction import (
@@ -149,6 +149,11 @@ class Compiler:
         if options.sigmas is not None:
             stats = resample(stats, np.array(options.sigmas))
         options.check_steps(stats.num_steps)
+        if not stats.groups and "step" not in options.units:
+            raise OptionError(
+                f"units is {tuple(options.units)}, and the statistics have no groups: add "
+                "'step', or calibrate a model that has an adapter with groups="
+            )
         self.stats, self.options = stats, options
         self.forced = uncacheable(stats) | frozenset(options.forced)
         self._models: dict[int, ErrorModel] = {}
@@ -354,7 +359,7 @@ class Compiler:
             budget,
             self.options,
             rows_of(stats, self.options, choice.fit),
-            psnr=None if choice.fit.exact or not np.isfinite(psnr).all() else psnr,
+            psnr=psnr if np.isfinite(psnr).all() else None,
             certificate=choice.certificate,
             provenance=provenance,
         )

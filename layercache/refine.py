@@ -94,6 +94,11 @@ def refine_plan(
             f"predictor is {plan.asked.predictor!r}; compile one that caches, with "
             'predictor="fitted"'
         )
+    if stats.passes > 1:
+        raise LayerCacheError(
+            "this plan is for a scheduler that calls the model twice a step, whose taps cannot be "
+            "refined: use the plan as it was compiled"
+        )
     arguments = {**(call_kwargs or {}), "num_inference_steps": plan.num_steps}
     work = batches(prompts, seed, len(prompts), arguments)
     if len(prompts) < 2 or len(work) > 1:

@@ -89,8 +89,8 @@ def recompute(stats: CalibrationStats, plan: Plan) -> Verification:
     wrong = _broken(stats, plan, rows)
     if wrong:
         raise _refused(wrong)
-    cost, full = _cost(stats, rows), _cost(stats, [])
-    outside = stats.num_steps * stats.overhead_ms
+    cost, full = _cost(stats, rows), _full_cost(stats)
+    outside = sum(_passes(stats)) * stats.overhead_ms
     return Verification(
         cost_ms=cost,
         speedup=(full + outside) / (cost + outside),
@@ -195,6 +195,20 @@ def _cost(stats: CalibrationStats, rows: Sequence[_Row]) -> float:
     return cost
 
 
+def _passes(stats: CalibrationStats) -> list[int]:
+    """How often the uncached run makes the calls of each step."""
+    return [stats.passes] * (stats.num_steps - 1) + [1]
+
+
+def _full_cost(stats: CalibrationStats) -> float:
+    """Milliseconds of the transformer in the uncached run."""
+    times, cost = [*stats.group_ms, stats.rest_ms], 0.0
+    for step, passes in enumerate(_passes(stats)):
+        for unit, milliseconds in enumerate(times):
+            cost += passes * float(milliseconds) * float(stats.loads[step, unit])
+    return cost
+
+
 def _peak_bytes(stats: CalibrationStats, rows: Sequence[_Row]) -> int:
     """Peak over steps of what is stored: each value from its step to its last reader."""
     steps = stats.num_steps
@@ -265,7 +279,7 @@ def _final_error(
     step_row = _step_row(rows)
     runs = [step for step, run in enumerate(_runs(stats, rows)) if run]
     error: FloatArray = np.zeros(velocity.shape[1])
-    drift, moved = 0.0, False
+    drift, moved = 0.0, stats.passes > 1
     used: dict[int, FloatArray] = {}
     unsure: dict[int, float] = {}
     arrived: dict[int, tuple[FloatArray, float]] = {}

@@ -37,6 +37,7 @@ class Measured:
     """What one batch gave for one component; arrays as in `CalibrationStats`, B prompts long."""
 
     sigmas: tuple[float, ...]
+    passes: int
     loads: NDArray[np.float64]
     segments: NDArray[np.float64]
     velocities: NDArray[np.float32]
@@ -68,7 +69,7 @@ class _Deltas:
         self.run, self.component, self.jobs, self.sketch = run, component, jobs, sketch
         self.segments = run.segments(component)
         prompts = len(run.velocities[0])
-        if jobs.mode == "replay":
+        if jobs.measures:
             shape = (prompts, jobs.steps, jobs.groups, jobs.lags, sketch.size)
             self.table: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
         else:
@@ -84,7 +85,7 @@ class _Deltas:
         delta = (velocity.float() - run.velocities[step].to(velocity).float()) * run.sign
         if isinstance(run.mask, Tensor):
             delta = delta * run.mask.to(delta)
-        if jobs.mode == "replay":
+        if jobs.measures:
             self.table[:, step, group, lag - 1] = self.sketch(delta).cpu().numpy()
         else:
             row = self.table[:, jobs.scale_steps.index(step), group]
@@ -127,7 +128,7 @@ def collect(
 
     def on_step(step: int) -> None:
         component = run.calls[step].component
-        if jobs.mode == "residual" and component in performers:
+        if not jobs.measures and component in performers:
             # As long as the sketches of the velocities.
             longest = min(sketching.size, run.velocities[0][0].numel())
             new = ResidualSketches(longest, sketching.seed, size)
@@ -149,9 +150,7 @@ def collect(
         gain = image_gain(stage, batch, run, others, images)
         amplification = measure_amplification(stage, batch, run, others, probes)
         tables = {
-            name: found.table
-            if jobs.mode == "replay"
-            else _stand_ins(residuals[name], found, jobs, run)
+            name: found.table if jobs.measures else _stand_ins(residuals[name], found, jobs, run)
             for name, found in deltas.items()
         }
     finally:
@@ -159,12 +158,13 @@ def collect(
     velocities, latents = _sketches(run, sketch)
     return {
         name: Measured(
-            sigmas=run.sigmas,
-            loads=run.loads(name),
-            segments=run.segments(name),
+            sigmas=run.levels,
+            passes=run.passes,
+            loads=run.loads(name)[run.first],
+            segments=_renumbered(run.segments(name)[run.first]),
             velocities=velocities,
             latents=latents,
-            deltas=tables[name],
+            deltas=tables[name][:, run.first],
             times_ms=np.tile(_times(run, performers, name), (size, 1)),
             image_gain=gain,
             amplification=amplification,
@@ -221,9 +221,13 @@ def _stand_ins(
 
 
 def _sketches(run: Run, sketch: CountSketch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    velocities = [sketch(run.velocity(step)) for step in range(run.steps)]
-    latents = [sketch(latent.float() * run.mask) for latent in run.latents]
+    velocities = [sketch(run.velocity(step)) for step in run.first]
+    latents = [sketch(run.latents[step].float() * run.mask) for step in (*run.first, -1)]
     return torch.stack(velocities, dim=1).numpy(), torch.stack(latents, dim=1).numpy()
+
+
+def _renumbered(segments: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.unique(segments, return_inverse=True)[1].astype(np.float64)
 
 
 def _times(run: Run, performers: Performers, name: str) -> NDArray[np.float64]:

@@ -135,8 +135,9 @@ def estimate_run(
     by_step = np.array([forward.get(step.component, typical) for step in run.calls])
     memory = _plan_memory(trial, jobs, device, sketch_size, max_memory)
     ratio = trial.pair_ratio if memory.lags_together > 1 else 1.0
-    reruns = probe_steps(run.sigmas, probes)
-    computed = float(by_step.sum() + sum(by_step[step + 1 :].sum() for step in reruns))
+    reruns = probe_steps(run.levels, probes)
+    again = by_step[run.first]
+    computed = float(by_step.sum() + sum(again[step + 1 :].sum() for step in reruns))
     for name, row in warm.items():
         own = [index for index, step in enumerate(run.calls) if step.component == name]
         computed += ratio * forward[name] * _replayed_forwards(jobs, own, row[:-1])
@@ -159,7 +160,7 @@ def estimate_run(
         file_bytes=prompts * sketch,
         offload=memory.offload,
         lags_together=memory.lags_together,
-        sigmas=run.sigmas,
+        sigmas=run.levels,
     )
 
 
@@ -191,7 +192,8 @@ def _plan_memory(
     limit = default_bound(device) if max_memory is None else max_memory
     run, on_cpu = trial.run, device.type == "cpu"
     sizes = [step.group_bytes for step in run.calls if step.group_bytes]
-    step, widest = max(map(sum, sizes)), max(map(max, sizes))
+    step = max(map(sum, sizes), default=0)
+    widest = max((max(row) for row in sizes), default=0)
     prompts, numel = len(run.velocities[0]), run.velocities[0][0].numel()
     velocity = prompts * numel * 4
     size = min(sketch_size, numel)

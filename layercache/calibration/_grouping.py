@@ -11,7 +11,8 @@ from layercache.errors import StatsError
 from layercache.stats import Group
 
 Groups = int | str | Sequence[Group] | None
-AUTO_COUNT = 4
+COUNT = 4
+"""How many groups there are if nothing is said, where the model has so many blocks."""
 _NUMBER = re.compile("[0-9]{1,9}")
 _RANGE = re.compile(r"(\w+)\[({0}):({0})\]|({0}):({0})".replace("{0}", _NUMBER.pattern))
 
@@ -30,13 +31,13 @@ def auto_count(groups: Groups) -> int | None:
         return None
     _, colon, count = groups.partition(":")
     if not colon:
-        return AUTO_COUNT
+        return COUNT
     if not _NUMBER.fullmatch(count.strip()) or int(count) < 1:
         raise StatsError(f"groups is {groups!r}; write auto:N with a number of at least 1")
     return int(count)
 
 
-def parse_groups(block_lists: Mapping[str, int], text: str) -> int | tuple[Group, ...] | None:
+def parse_groups(block_lists: Mapping[str, int], text: str) -> int | tuple[Group, ...]:
     """Groups as they are written on a command line: `4`, `blocks`, or boundaries.
 
     Boundaries are ranges of blocks, such as `transformer_blocks[0:4],transformer_blocks[4:28]`; the
@@ -53,7 +54,7 @@ def parse_groups(block_lists: Mapping[str, int], text: str) -> int | tuple[Group
     if _NUMBER.fullmatch(text):
         return int(text)
     if text == "blocks":
-        return None
+        return sum(block_lists.values())
     found = []
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
@@ -74,9 +75,9 @@ def split_groups(block_lists: Mapping[str, int], groups: Groups) -> tuple[Group,
     Args:
         block_lists: Blocks of each list, in execution order.
         groups: How many groups in all, shared among the lists in proportion to their length, each
-            list getting at least one and none crossing from one list into another; or the groups
-            themselves, in execution order, or written as for `parse_groups`; or None for one group
-            a block.
+            list getting at least one and none crossing from one list into another; 0 for none at
+            all; or the groups themselves, in execution order, or written as for `parse_groups`; or
+            None for `COUNT`, or as near to it as can be.
 
     Raises:
         StatsError: Fewer groups than lists, more than blocks, or groups that do not fit the lists.
@@ -89,16 +90,19 @@ def split_groups(block_lists: Mapping[str, int], groups: Groups) -> tuple[Group,
     if isinstance(groups, str):
         groups = parse_groups(block_lists, groups)
     if groups is None:
-        groups = total
+        groups = min(max(COUNT, len(block_lists)), total)
     if not isinstance(groups, Integral):
         if not isinstance(groups, list | tuple) or any(not isinstance(g, Group) for g in groups):
             raise StatsError(f"groups is {groups!r}; give a number, text, or a list of Group")
         return _checked(block_lists, tuple(groups))
     groups = int(groups)
+    if groups == 0:
+        return ()
     if not len(block_lists) <= groups <= total:
         raise StatsError(
             f"groups={groups}; this model has {len(block_lists)} block lists with {total} blocks "
-            f"in all, so a number from {len(block_lists)} to {total} is needed"
+            f"in all, so a number from {len(block_lists)} to {total} is needed, or 0 for plans of "
+            "whole steps only"
         )
     counts = dict.fromkeys(block_lists, 1)
     for _ in range(groups - len(counts)):

@@ -40,6 +40,11 @@ class Jobs:
         if self.mode not in MODES:
             raise StatsError(f"mode is {self.mode!r}; use {' or '.join(map(repr, MODES))}")
 
+    @property
+    def measures(self) -> bool:
+        """Whether deltas are what replays show, or residuals stand in for those of any group."""
+        return self.mode == "replay" or self.groups == 0
+
     @cached_property
     def scale_steps(self) -> tuple[int, ...]:
         """Steps at which residual mode replays."""

@@ -53,21 +53,23 @@ def measure_amplification(
         others: What the pipeline's other models do at steps that are not computed again.
         count: How many steps are probed.
     """
-    sigmas, steps = run.sigmas, run.steps
+    sigmas, first = run.levels, run.first
     probes = probe_steps(sigmas, count)
     if not probes:
-        return np.ones((len(batch.ids), steps))
+        return np.ones((len(batch.ids), len(first)))
     logs = []
     for probe in probes:
-        made = (sigmas[probe + 1] - sigmas[probe]) * (run.velocity(probe - 1) - run.velocity(probe))
-        director = Reenactment(run, changed={probe: made}, known=probe + 1)
+        change = run.velocity(first[probe - 1]) - run.velocity(first[probe])
+        made = (sigmas[probe + 1] - sigmas[probe]) * change
+        stop = first[probe + 1]
+        director = Reenactment(run, changed={stop - 1: made}, known=stop)
         stage.play(batch, director, others)
         assert director.final is not None
         logs.append(np.log(_growth((director.final - run.final).float() * run.mask, made)))
     # `np.interp` wants rising abscissae; sigmas fall.
     at = np.array([sigmas[probe] for probe in probes])[::-1]
     values = np.array(logs)[::-1]
-    table = [np.interp(sigmas[:steps], at, values[:, row]) for row in range(values.shape[1])]
+    table = [np.interp(sigmas[:-1], at, values[:, row]) for row in range(values.shape[1])]
     result: NDArray[np.float64] = np.exp(np.array(table))
     return result
 

@@ -26,7 +26,7 @@ from layercache.calibration._stage import At, Move, Stage
 from layercache.errors import StatsError
 from layercache.models._foreign import running_index
 from layercache.models.gates import Call
-from layercache.models.stepping import sigmas_of, step_index
+from layercache.models.stepping import first_calls, levels, listed_sigmas, step_index
 from layercache.models.tensors import tensor_bytes, tensors_in
 
 Performers = Mapping[str, ReplayableTransformer]
@@ -50,9 +50,13 @@ class StepCalls:
 class Run:
     """What a recorded run did.
 
+    Under Heun's method a step of the sampler is two of the scheduler's, each with its own calls of
+    the model. Here, a step is one of the scheduler's; statistics are of those that begin one of the
+    sampler's (`first`).
+
     Attributes:
         kept: Outputs of its calls and of their replays.
-        sigmas: (T+1,) noise levels, falling to 0.
+        sigmas: (T+1,) noise levels, falling to 0; that of a second call stands twice.
         calls: (T,) the calls of each step.
         velocities: (T,) the guided outputs, on the CPU.
         latents: (T+1,) what the scheduler received at each step, and the last that it made.
@@ -84,6 +88,26 @@ class Run:
                 f"the pipeline took {self.steps} steps of a schedule of {len(self.sigmas) - 1}: "
                 "calibration needs a run that goes through its schedule once, to the end"
             )
+        if self.passes > 1 and len({step.component for step in self.calls}) > 1:
+            raise StatsError(
+                "the scheduler calls the model twice a step, and models take turns: give the "
+                "pipeline a scheduler with one call a step"
+            )
+
+    @property
+    def first(self) -> list[int]:
+        """The steps that begin a step of the sampler: all, or every other one."""
+        return first_calls(self.sigmas)
+
+    @property
+    def passes(self) -> int:
+        """How many steps a step of the sampler is; the last one is always one."""
+        return 1 if len(self.first) == len(self.sigmas) - 1 else 2
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The noise levels of the sampler's steps."""
+        return levels(self.sigmas)
 
     @property
     def final(self) -> Tensor:
@@ -187,6 +211,8 @@ class Recorder:
         if at.step == 0 and at.number == 0:
             check_scheduler(self.stage.pipe.scheduler)
             self.run.sigmas = run_sigmas(self.stage.pipe.scheduler)
+            if self.run.passes > 1:
+                self._require_no_groups()
         if at.number == 0:
             self.run.calls.append(StepCalls(component=at.component))
         step = self.run.calls[-1]
@@ -204,6 +230,13 @@ class Recorder:
         self._epsilon = max(self._epsilon, *(torch.finfo(tensor.dtype).eps for tensor in tensors))
         self.run.kept.put((at.step, at.number, None), output)
         return output
+
+    def _require_no_groups(self) -> None:
+        if any(performer.groups for performer in self.performers.values()):
+            raise StatsError(
+                f"{type(self.stage.pipe.scheduler).__name__} calls the model twice a step, where "
+                "only whole steps can be planned: leave groups out, or pass groups=0"
+            )
 
     def _performed(self, at: At, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         performer = self.performers.get(at.component)
@@ -321,7 +354,7 @@ class Recorder:
         run, scheduler = self.run, self.stage.pipe.scheduler
         if step == 0 and running_index(scheduler) is not None:
             # Some image-to-image loops leave it to the scheduler to find where it starts.
-            run.sigmas = sigmas_of(scheduler)[step_index(scheduler) - 1 :]
+            run.sigmas = listed_sigmas(scheduler)[step_index(scheduler) - 1 :]
         last = len(run.sigmas) - 2
         if step == last:
             run.latents.append(result.detach().to("cpu", copy=True))

@@ -61,7 +61,8 @@ class Reenactment:
     def called(self, at: At, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of a known step."""
         primes = at.step == 0 and self.run.primed and self.known < self.run.steps
-        if at.step >= self.known or primes:
+        # An error's own path does not ask for a step's second call (`_followed`).
+        if (at.step >= self.known and at.step in self.run.first) or primes:
             return inner(*args, **kwargs)
         kept = self.run.kept
         key = (at.step, at.number, self.replay)
@@ -156,8 +157,9 @@ def check_stateless(stage: Stage, batch: Batch, run: Run, others: Others) -> boo
     Raises:
         StatsError: The model gives something else even then: it keeps state between its calls.
     """
-    if run.steps < 2:
+    if len(run.first) < 2:
         return False
+    second = run.first[1]
     reason: str | None = None
     for primed in (False, True):
         found: list[Tensor] = []
@@ -169,8 +171,8 @@ def check_stateless(stage: Stage, batch: Batch, run: Run, others: Others) -> boo
             # Caches of other libraries say in their own ways that they are empty.
             reason = str(error).split("\n")[0]
             continue
-        change = (found[0].cpu() - run.velocities[1]).float().norm()
-        if change <= _TOLERANCE * run.velocities[1].float().norm():
+        change = (found[0].cpu() - run.velocities[second]).float().norm()
+        if change <= _TOLERANCE * run.velocities[second].float().norm():
             return primed
         reason = "its output was another"
     raise StatsError(
@@ -199,12 +201,12 @@ class _Second(Reenactment):
     """Ends when the second step was computed."""
 
     def __init__(self, run: Run, found: list[Tensor]) -> None:
-        super().__init__(run, known=1)
+        super().__init__(run, known=run.first[1])
         self._found = found
 
     def stepped(self, step: int, velocity: Tensor, sample: Tensor, move: Move) -> Tensor:
         """As for every re-enactment, but for the end."""
-        if step == 1:
+        if step == self.known:
             self._found.append(velocity)
             raise Over
         return super().stepped(step, velocity, sample, move)

@@ -203,8 +203,13 @@ class ReplayableTransformer:
                 self.times.group(index, part.started, part.ended)
                 part.outputs = self._away(part.outputs or part.meter.outputs)
             self._keep(step, number, index, part)
-        elements = (*(part.elements for part in parts), _first_tensor(output).numel())
-        shape = tuple((tuple(part.positions), tuple(map(tuple, part.shapes))) for part in parts)
+        # All tensors, since some models return a list with one an image.
+        outputs = tensors_in(output)
+        elements = (*(part.elements for part in parts), sum(t.numel() for t in outputs))
+        made = tuple(tensor.shape for tensor in outputs)
+        shape = (
+            made, *((tuple(part.positions), tuple(map(tuple, part.shapes))) for part in parts)
+        )  # fmt: skip
         self.times.aside(ended, clock.mark())
         return RecordedCall(step, number, inner, args, kwargs, output, shape, elements, parts)
 

@@ -14,15 +14,32 @@ import torch
 from torch import Tensor
 
 from layercache.errors import StatsError
-from layercache.models.stepping import sigmas_of, step_index, walk
+from layercache.models.stepping import first_calls, levels, listed_sigmas, step_index, walk
 
 _TOLERANCE = 1e-3
+_VELOCITY = "flow_prediction"
+"""What diffusers' schedulers call it; those for flow matching alone have no `prediction_type`."""
 _ADVICE = "use a deterministic flow-matching scheduler, such as FlowMatchEulerDiscreteScheduler"
 
 
 def run_sigmas(scheduler: Any) -> tuple[float, ...]:
-    """The noise levels from the step that the scheduler is at to the end."""
-    return sigmas_of(scheduler)[step_index(scheduler) :]
+    """The listed noise levels from the call that the scheduler is at to the end."""
+    return listed_sigmas(scheduler)[step_index(scheduler) :]
+
+
+def check_prediction(scheduler: Any) -> None:
+    """Refuse a scheduler whose configuration says that the model predicts no velocity.
+
+    Raises:
+        StatsError: It does; the message names what is predicted.
+    """
+    found = getattr(scheduler, "config", {}).get("prediction_type", _VELOCITY)
+    if found != _VELOCITY:
+        raise StatsError(
+            f"by the prediction_type of {type(scheduler).__name__} the model predicts {found!r}, "
+            "and plans extrapolate velocities, dz/dsigma with z = (1 - sigma) image + sigma noise: "
+            f"{_ADVICE}, if the model was trained for it; a plan for this model cannot be made"
+        )
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -32,19 +49,20 @@ def check_scheduler(scheduler: Any) -> None:
         scheduler: With the timesteps of a run set.
 
     Raises:
-        StatsError: It draws noise, calls the model twice a step, or its model's output is no
-            velocity; the message names it.
+        StatsError: It draws noise, calls the model more than twice a step, or its model's output is
+            no velocity; the message names it.
     """
     name = type(scheduler).__name__
     if not isinstance(getattr(scheduler, "sigmas", None), Tensor):
         raise StatsError(f"{name} has no noise levels (`sigmas`): {_ADVICE}")
-    sigmas = sigmas_of(scheduler)
-    if len(scheduler.timesteps) > len(sigmas) - 1 or any(
-        a == b for a, b in itertools.pairwise(sigmas[:-1])
-    ):
+    listed = listed_sigmas(scheduler)
+    sigmas, first = levels(listed), first_calls(listed)
+    once = first == list(range(len(listed) - 1))
+    twice = first == list(range(0, len(listed) - 1, 2)) and len(listed) % 2 == 0
+    if len(scheduler.timesteps) > len(listed) - 1 or not (once or twice):
         raise StatsError(
-            f"{name} calls the model more than once a step (it repeats noise levels), which "
-            f"calibration does not support yet: {_ADVICE}"
+            f"{name} lists {len(scheduler.timesteps)} calls for {len(sigmas) - 1} levels; one "
+            f"call a step can be calibrated, or two at all steps but the last: {_ADVICE}"
         )
     if any(a <= b for a, b in itertools.pairwise(sigmas)) or abs(sigmas[-1]) > 1e-6:
         raise StatsError(

@@ -16,6 +16,7 @@ from layercache.calibration._options import Options
 from layercache.calibration._parts import LATENT_SHAPE
 from layercache.calibration._record import Tick
 from layercache.calibration._replay import ReplayableTransformer
+from layercache.calibration._scheduler import check_prediction
 from layercache.calibration._stage import Stage
 from layercache.calibration._trial import try_out
 from layercache.calibration.prompts import Batch, arguments_digests
@@ -44,6 +45,7 @@ class Session:
         options: Options,
         call_kwargs: Mapping[str, Any],
     ) -> None:
+        check_prediction(pipe.scheduler)
         self.pipe, self.components, self.options = pipe, dict(components), options
         counts = {len(groups) for groups in self.components.values()}
         if len(counts) > 1:
@@ -54,7 +56,10 @@ class Session:
         self.num_groups = counts.pop()
         # An unknown mode is an error before anything runs.
         Jobs(options.mode, options.num_inference_steps, self.num_groups, options.lags)
-        self.adapters = {name: adapter_for(getattr(pipe, name)) for name in self.components}
+        self.adapters = {
+            name: adapter_for(getattr(pipe, name), required=bool(groups))
+            for name, groups in self.components.items()
+        }
         self.models = {name: model_fingerprint(getattr(pipe, name)) for name in self.components}
         self.settings = {
             name: setting_of(pipe, call_kwargs, component=name) for name in self.components
@@ -137,7 +142,8 @@ class Session:
     def _staged(self, offload: bool) -> Iterator[tuple[Stage, dict[str, ReplayableTransformer]]]:
         performers: dict[str, ReplayableTransformer] = {}
         stage = Stage(self.pipe, tuple(self.components))
-        history = self.options.lags if self.options.mode == "replay" else 1
+        replays = self.options.mode == "replay" and self.num_groups > 0
+        history = self.options.lags if replays else 1
         try:
             for name, groups in self.components.items():
                 performers[name] = ReplayableTransformer(
@@ -154,6 +160,7 @@ class Session:
         setting = {**self.settings[component], LATENT_SHAPE: list(measured.latent_shape)}
         return CalibrationStats(
             sigmas=np.array(measured.sigmas),
+            passes=measured.passes,
             loads=measured.loads,
             segments=measured.segments,
             groups=self.components[component],

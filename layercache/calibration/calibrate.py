@@ -24,10 +24,12 @@ from layercache.calibration.sharding import Processes, Shard, is_main_process, t
 from layercache.errors import StatsError, UnsupportedModelError
 from layercache.models.adapters import adapter_for, blocks_of
 from layercache.models.pipelines import components_of
+from layercache.models.stepping import calls_twice
 from layercache.stats import CalibrationStats, Group, merge_all
 
 _log: Log = logging.getLogger(__name__).info
 _AUTO_PROMPTS = 2
+_DENOISERS = ("transformer", "unet")
 Components = str | Sequence[str]
 
 
@@ -36,7 +38,7 @@ def calibrate(
     pipe: Any,
     prompts: Sequence[Prompt],
     *,
-    component: str = ...,
+    component: str | None = ...,
     groups: Groups = ...,
     call_kwargs: Mapping[str, Any] | None = ...,
     shard: Shard | None = ...,
@@ -67,8 +69,8 @@ def calibrate(
     pipe: Any,
     prompts: Sequence[Prompt],
     *,
-    component: Components = "transformer",
-    groups: Groups = 4,
+    component: Components | None = None,
+    groups: Groups = None,
     call_kwargs: Mapping[str, Any] | None = None,
     shard: Shard | None = None,
     parts: str | os.PathLike[str] | None = None,
@@ -88,14 +90,17 @@ def calibrate(
     processes, and every process returns the statistics of all.
 
     Args:
-        pipe: A diffusers pipeline, classic or modular, whose transformer has an adapter.
+        pipe: A diffusers pipeline, classic or modular, whose model predicts a velocity. Without an
+            adapter for its transformer (or UNet) there are no groups: plans skip whole steps.
         prompts: Strings, or mappings of pipeline arguments (for pipelines without a text encoder).
             Four are enough for a useful plan.
-        component: Which attribute of the pipeline is the transformer. Of a pipeline with two that
-            take turns (Wan 2.2), name one, or both to calibrate both in one run.
-        groups: How many groups of blocks, or the groups, or None for one a block; or text: a
-            number, `"blocks"`, ranges such as `"0:4,4:28,28:32"`, or `"auto"` or `"auto:N"` for
-            groups of neighbouring blocks with similar deltas, found on the first two prompts.
+        component: Which attribute of the pipeline is the denoiser, if not `transformer` or `unet`.
+            Of a pipeline with two that take turns (Wan 2.2), name one, or both to calibrate both in
+            one run.
+        groups: How many groups of blocks, 0 for plans of whole steps only, or the groups; or text:
+            a number, `"blocks"` (one a block), ranges such as `"0:4,4:28,28:32"`, or `"auto"` or
+            `"auto:N"` for groups of neighbouring blocks with similar deltas, found on the first two
+            prompts. None is 4, or as near to it as the blocks allow, and 0 without an adapter.
         call_kwargs: More pipeline arguments, such as guidance and resolution, as served. Noise
             follows from `seed` and prompt, so a `generator` among them is not used.
         shard: (i, n) measures only the i-th of n parts of the prompts, for job arrays.
@@ -111,7 +116,8 @@ def calibrate(
         named.
 
     Raises:
-        UnsupportedModelError: The transformer has no adapter, or is compiled as a whole.
+        UnsupportedModelError: Groups are asked for and the transformer has no adapter, or it is
+            compiled as a whole.
         StatsError: The prompts, groups or options make no sense, the pipeline or its scheduler
             cannot be calibrated (the message says why, before anything is spent), the memory does
             not suffice, or the run overflowed.
@@ -143,15 +149,15 @@ def calibrate(
     mine = processes.split(take_shard(work, shard))
     found = processes.gather(_measure(session, mine, folders, progress, log))
     merged = {name: merge_all([each[name] for each in found]) for name in names}
-    return merged[component] if isinstance(component, str) else merged
+    return merged[names[0]] if component is None or isinstance(component, str) else merged
 
 
 def estimate_calibration(
     pipe: Any,
     prompts: Sequence[Prompt],
     *,
-    component: Components = "transformer",
-    groups: Groups = 4,
+    component: Components | None = None,
+    groups: Groups = None,
     call_kwargs: Mapping[str, Any] | None = None,
     **options: Unpack[OptionValues],
 ) -> CalibrationEstimate:
@@ -175,16 +181,18 @@ def estimate_calibration(
     arguments = _arguments(call_kwargs, asked)
     count = auto_count(groups)
     chosen = {
-        name: split_groups(_block_counts(pipe, name), groups if count is None else count)
+        name: split_groups(_block_counts(pipe, name, groups), groups if count is None else count)
         for name in _names(pipe, component)
     }
     session = Session(pipe, chosen, asked, arguments)
     return session.estimate(batches(prompts, asked.seed, asked.batch_size, arguments))
 
 
-def _names(pipe: Any, component: Components) -> tuple[str, ...]:
-    names = (component,) if isinstance(component, str) else tuple(component)
+def _names(pipe: Any, component: Components | None) -> tuple[str, ...]:
     modules = components_of(pipe)
+    if component is None:
+        component = next((name for name in _DENOISERS if name in modules), _DENOISERS[0])
+    names = (component,) if isinstance(component, str) else tuple(component)
     missing = [name for name in names if name not in modules]
     if missing or not names or len(set(names)) < len(names):
         raise UnsupportedModelError(
@@ -213,9 +221,9 @@ def _arguments(call_kwargs: Mapping[str, Any] | None, options: Options) -> dict[
     return {**(call_kwargs or {}), "num_inference_steps": steps}
 
 
-def _block_counts(pipe: Any, component: str) -> dict[str, int]:
+def _block_counts(pipe: Any, component: str, groups: Groups) -> dict[str, int]:
     transformer = getattr(pipe, component)
-    lists = adapter_for(transformer).block_lists
+    lists = adapter_for(transformer, required=groups not in (None, 0, "0")).block_lists
     return {b.name: len(blocks_of(transformer, b)) for b in lists}
 
 
@@ -275,7 +283,18 @@ def _chosen_groups(
     log: Log,
 ) -> tuple[Group, ...]:
     count = auto_count(groups)
-    counts = _block_counts(pipe, component)
+    counts = _block_counts(pipe, component, groups)
+    if groups is None and calls_twice(pipe.scheduler):
+        log(
+            f"{type(pipe.scheduler).__name__} calls the model twice a step: there are no groups of "
+            "blocks, and plans skip whole steps"
+        )
+        return ()
+    if not counts:
+        log(
+            f"no adapter knows {type(getattr(pipe, component)).__name__}: there are no groups of "
+            "blocks, and plans skip whole steps"
+        )
     if count is None:
         return split_groups(counts, groups)
     chosen: tuple[Group, ...] | None = None
@@ -307,11 +326,11 @@ def find_groups(
     log: Log = _log,
 ) -> tuple[Group, ...]:
     """`count` groups, from a pass in residual mode with one group a block on a few prompts."""
-    counts = _block_counts(pipe, component)
+    counts = _block_counts(pipe, component, count)
     # Out of range is an error before anything runs.
     split_groups(counts, count)
     quick = replace(options, lags=1, mode="residual", probes=None)
-    session = Session(pipe, {component: split_groups(counts, None)}, quick, arguments)
+    session = Session(pipe, {component: split_groups(counts, "blocks")}, quick, arguments)
     work = batches(prompts[:_AUTO_PROMPTS], options.seed, options.batch_size, arguments)
     log("finding groups of similar blocks")
     found = _measure(session, work, {component: None}, False, log)

@@ -73,9 +73,8 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 @click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option(
     "--groups",
-    default="4",
-    show_default=True,
-    help='A number, "blocks" (one a block), ranges such as "0:4,4:28,28:32", "auto" or "auto:N".',
+    help='A number, "blocks" (one a block), ranges such as "0:4,4:28,28:32", "auto" or "auto:N"; 0 '
+    "for plans of whole steps alone.  [default: 4, or 0 where the model has no adapter]",
 )
 @click.option("--lags", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -102,7 +101,7 @@ def calibrate(
     prompt_file: Path | None,
     count: int | None,
     steps: int,
-    groups: str,
+    groups: str | None,
     lags: int,
     seed: int,
     batch_size: int,

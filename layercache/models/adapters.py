@@ -75,6 +75,7 @@ class Adapter:
     Args:
         class_name: Name of the transformer's class; subclasses match too.
         block_lists: Lists of the class. One that a given model lacks is left out for that model.
+            None at all if nothing is known of its blocks: such a model has no groups.
 
     Example:
         >>> image = BlockList("blocks", ("hidden_states",), ("hidden_states",))
@@ -88,10 +89,10 @@ class Adapter:
     def __post_init__(self) -> None:
         lists: Any = self.block_lists
         lists = tuple(lists) if isinstance(lists, (list, tuple)) else (lists,)
-        if not lists or not all(isinstance(block_list, BlockList) for block_list in lists):
+        if not all(isinstance(block_list, BlockList) for block_list in lists):
             raise UnsupportedModelError(
                 f"the adapter of {self.class_name} declares block_lists {self.block_lists!r}: give "
-                "a tuple of at least one BlockList"
+                "a tuple of BlockList"
             )
         object.__setattr__(self, "block_lists", lists)
 
@@ -126,8 +127,13 @@ def supported_models() -> tuple[str, ...]:
     return tuple(sorted({**ADAPTERS, **_registered}))
 
 
-def adapter_for(transformer: nn.Module) -> Adapter:
+def adapter_for(transformer: nn.Module, *, required: bool = True) -> Adapter:
     """The adapter of a model, by the name of its class or of a base class.
+
+    Args:
+        transformer: The model.
+        required: Whether a model that nothing is known of is an error. Else its adapter has no
+            block lists, which is enough for plans of whole steps.
 
     Raises:
         UnsupportedModelError: No class in the model's ancestry has an adapter, or the model has
@@ -140,17 +146,19 @@ def adapter_for(transformer: nn.Module) -> Adapter:
         adapter = _registered.get(ancestor.__name__) or ADAPTERS.get(ancestor.__name__)
         if adapter is not None:
             present = tuple(b for b in adapter.block_lists if _has_blocks(module, b.name))
-            if not present:
+            if adapter.block_lists and not present:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} has none of the block lists that its adapter "
                     f"declares ({', '.join(b.name for b in adapter.block_lists)}): register an "
                     "adapter for this class with layercache.models.register_adapter"
                 )
             return Adapter(type(module).__name__, present)
+    if not required:
+        return Adapter(type(module).__name__, ())
     raise UnsupportedModelError(
-        f"no adapter knows {type(module).__name__}; the known transformers are "
-        f"{', '.join(supported_models())}. Declare yours with "
-        "layercache.models.register_adapter (docs/adding-a-model.md)"
+        f"no adapter knows {type(module).__name__}, so its blocks cannot be grouped (plans of "
+        f"whole steps need no adapter); the known transformers are {', '.join(supported_models())}."
+        " Declare yours with layercache.models.register_adapter (docs/adding-a-model.md)"
     )
 
 

@@ -30,13 +30,10 @@ def model_fingerprint(transformer: nn.Module) -> dict[str, Any]:
     serves finetunes, LoRA and quantised copies of the model that it was made for.
 
     Returns:
-        `class_name`; `block_lists`, the number of blocks by list; and `architecture`, the SHA-256
-        of the model's configuration as canonical JSON.
-
-    Raises:
-        UnsupportedModelError: No adapter knows the model.
+        `class_name`; `block_lists`, the number of blocks by list, none where no adapter knows the
+        model; and `architecture`, the SHA-256 of the model's configuration as canonical JSON.
     """
-    adapter = adapter_for(transformer)
+    adapter = adapter_for(transformer, required=False)
     config = _plain(_without_defaults(unwrap(transformer)))
     text = json.dumps(config, sort_keys=True, separators=(",", ":"))
     return {

@@ -7,6 +7,7 @@ after guidance of whatever kind. Only the instance is patched, and the patch is 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,7 @@ class Stepped(tuple[Tensor, ...]):
 
 
 def step_index(scheduler: Any) -> int:
-    """Index into `scheduler.sigmas` of the step under way or, between steps, of the next one.
+    """Index into `scheduler.sigmas` of the call under way or, between calls, of the next one.
 
     diffusers leaves the index unset until the first `step` of a run; until then the run starts
     at `begin_index` (set by image-to-image pipelines) or at 0.
@@ -56,15 +57,49 @@ def step_index(scheduler: Any) -> int:
     return first_index(scheduler) if index is None else index
 
 
-def sigmas_of(scheduler: Any) -> tuple[float, ...]:
-    """The T+1 noise levels of the schedule that is set, falling, as Python floats.
+def listed_sigmas(scheduler: Any) -> tuple[float, ...]:
+    """The noise levels of the schedule that is set, one a call and the last, as Python floats.
 
     A schedule that rises (Mochi's) counts how much of the image there is: its complement is noise.
+    Heun's method calls the model twice a step and lists the level of the second call twice.
     """
     sigmas = [float(sigma) for sigma in scheduler.sigmas.tolist()]
     if len(sigmas) > 1 and sigmas[0] < sigmas[-1]:
         return tuple(1.0 - sigma for sigma in sigmas)
     return tuple(sigmas)
+
+
+def first_calls(sigmas: Sequence[float]) -> list[int]:
+    """Which of a scheduler's calls begin a step, by its listed levels.
+
+    A call leads to the level that is listed after its own. The second call of a step is made at the
+    level that the step leads to, and so leads to no other.
+
+    Example:
+        >>> first_calls([1.0, 0.6, 0.6, 0.2, 0.2, 0.0])
+        [0, 2, 4]
+    """
+    return [index for index, (a, b) in enumerate(itertools.pairwise(sigmas)) if a != b]
+
+
+def calls_twice(scheduler: Any) -> bool:
+    """Whether a scheduler calls the model twice a step, as it says itself."""
+    return int(getattr(scheduler, "order", 1)) > 1
+
+
+def levels(sigmas: Sequence[float]) -> tuple[float, ...]:
+    """The T+1 levels of T steps, each once.
+
+    Example:
+        >>> levels([1.0, 0.6, 0.6, 0.2, 0.2, 0.0])
+        (1.0, 0.6, 0.2, 0.0)
+    """
+    return (*(sigmas[index] for index in first_calls(sigmas)), *sigmas[-1:])
+
+
+def sigmas_of(scheduler: Any) -> tuple[float, ...]:
+    """The T+1 noise levels of the steps of the schedule that is set, falling."""
+    return levels(listed_sigmas(scheduler))
 
 
 def moved_sample(result: Any) -> Tensor:

@@ -10,7 +10,8 @@ u_t = v_t + delta_t is what step t computes: the uncached run's velocity, moved 
 are cached there (`cells`). The taps of each row b_a are fitted (`ridge`) to make the error at the
 end of its own stretch small, given what the rows before have left: errors are paid back soon, and
 no row leans on a later one. Before the first skipped step (under Euler's method, the first cached
-group) the sampler moves the latent as it would: S_e = g S_a + (sigma_e - sigma_a) delta_a.
+group) the sampler moves the latent as it would: S_e = g S_a + (sigma_e - sigma_a) delta_a. One that
+calls the model twice a step (Heun's) never does: a plan makes computed steps of their first call.
 
 Beside S goes a variance D of what is known by its size only, for each prompt:
 
@@ -74,7 +75,7 @@ class Stretch:
 
     `moved` says whether the plan moves the latent: from the first skipped step on, and under
     Euler's method, whose own moves are the same, from the first cached group on. Before, the
-    sampler does.
+    sampler does. Where that calls the model twice a step, the plan always does.
     """
 
     start: int
@@ -144,11 +145,6 @@ class Fit:
         """What schedules are compared by: mean log10 of the error; minus infinity without any."""
         return mean_log10(self.error)
 
-    @property
-    def exact(self) -> bool:
-        """Whether nothing is cached."""
-        return bool(self.computed.all())
-
 
 class ErrorModel:
     """Fits and scores schedules of one set of statistics.
@@ -185,7 +181,7 @@ class ErrorModel:
         self.rate = max(LEAST_RATE, float(grown / (self.sigmas[0] - self.sigmas[-1])))
         # The first steps of segments: nothing is read across them.
         self.begins = np.diff(stats.segments, prepend=-1) > 0
-        self.euler = moves_as_euler(stats)
+        self.euler, self.twice = moves_as_euler(stats), stats.passes > 1
         self.joint = stats.mode == "replay"
         velocities: FloatArray = np.asarray(stats.velocities, dtype=np.float64)
         moves: FloatArray
@@ -249,7 +245,7 @@ class ErrorModel:
         starts = np.flatnonzero(computed[:, 0]).tolist()
         stops = [*starts[1:], self.steps]
         done: list[list[int]] = [[] for _ in range(computed.shape[1] - 1)]
-        found, moved = [], False
+        found, moved = [], self.twice
         for start, stop in zip(starts, stops, strict=True):
             if self.begins[start]:
                 done = [[] for _ in done]

@@ -28,7 +28,8 @@ def apply_plan(
     every cell, without taps, gives bit-identical images.
 
     Args:
-        pipe: A diffusers pipeline with a supported transformer and a scheduler that has `sigmas`.
+        pipe: A diffusers pipeline whose scheduler has `sigmas`. Plans that cache groups need a
+            transformer with an adapter, plans of whole steps do not.
         plan: A `Plan` for this transformer.
         component: Which attribute of the pipeline the plan is for, if not the plan's own
             `component`. A pipeline with two experts takes one plan each.
@@ -41,8 +42,9 @@ def apply_plan(
     Raises:
         ModelMismatchError: The plan is for another model; or, while the pipeline runs, for another
             noise schedule.
-        UnsupportedModelError: No adapter knows the transformer, or it is compiled as a whole; or,
-            in the first run, its traced forward contradicts the adapter. The plan is off then.
+        UnsupportedModelError: The plan has groups, and no adapter knows the transformer or it is
+            compiled as a whole; or, in the first run, its traced forward contradicts the adapter.
+            The plan is off then.
         LayerCacheError: A plan is on this transformer already, or a cache of diffusers is.
 
     Example:
@@ -79,7 +81,7 @@ def apply_plan(
             f"a plan is on this {type(transformer).__name__} already: remove that one first "
             "(handle.remove(), or leave its with block)"
         )
-    adapter = adapter_for(transformer)
+    adapter = adapter_for(transformer, required=bool(plan.groups))
     differences = plan.check(model_fingerprint(transformer), setting_of(pipe, component=component))
     for group in plan.groups:
         block_list = adapter.block_list(str(group.block_list))

@@ -12,11 +12,12 @@ get here: see `runtime.run`.
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from typing import Any
 
 from layercache.models._foreign import counts_steps, starts_anywhere
-from layercache.models.stepping import sigmas_of, step_index
+from layercache.models.stepping import first_calls, listed_sigmas, sigmas_of, step_index
 from layercache.runtime._groups import Branch
 
 SIGMA_TOLERANCE = 1e-4
@@ -28,6 +29,8 @@ class Position:
     def __init__(self, scheduler: Any, plan_sigmas: tuple[float, ...]) -> None:
         self.step = -1
         self.offset = 0
+        self.twice = False
+        self._first_calls: list[int] = []
         self._scheduler = scheduler
         self._sigmas: Any = None
         # The training schedule, which a scheduler of diffusers has from the start, is no run.
@@ -39,7 +42,7 @@ class Position:
         self._ordinals: Counter[str | None] = Counter()
 
     def advance(self, told: int | None) -> tuple[bool, int] | None:
-        """Whether a run begins with this call, and the scheduler's step; None outside of runs.
+        """Whether a run begins with this call, and which step it is of; None outside of runs.
 
         Args:
             told: The step that a `cache_context` tells, if one does.
@@ -49,15 +52,27 @@ class Position:
         begins = sigmas is not self._sigmas
         if sigmas is self._training:
             return None
-        index = self._index(begins, told)
+        if begins:
+            listed = listed_sigmas(scheduler)
+            self._first_calls = first_calls(listed)
+            self.twice = len(self._first_calls) < len(listed) - 1
+        call = self._index(begins, told)
+        index = self.locate(call)[0]
         # Some schedulers keep their sigmas from one run to the next.
         begins = begins or index + self.offset < self.step
-        if not counts_steps(scheduler) and told is None and index >= len(sigmas) - 1:
+        if not counts_steps(scheduler) and told is None and call >= len(sigmas) - 1:
             # Nothing but the count of its steps tells where such a scheduler stands.
-            begins, index = True, 0
-        if index >= len(sigmas) - 1:
+            begins, call, index = True, 0, 0
+        if call >= len(sigmas) - 1:
             return None
         return begins, index
+
+    def locate(self, call: int) -> tuple[int, bool]:
+        """Which step a call of the scheduler's is of, and whether it is that step's second."""
+        if not self.twice:
+            return call, False
+        step = bisect.bisect_right(self._first_calls, call) - 1
+        return step, self._first_calls[step] != call
 
     def begin(self) -> None:
         """A run begins."""
@@ -89,7 +104,7 @@ class Position:
     def _index(self, begins: bool, told: int | None) -> int:
         if self.offset < 0 and starts_anywhere(self._scheduler):
             # A plan of the schedule's end starts there, until the scheduler has found out.
-            return -self.offset
+            return self._first_calls[-self.offset]
         if counts_steps(self._scheduler):
             return step_index(self._scheduler)
         if told is not None:

@@ -2,7 +2,8 @@
 
 No hooks and no adapter: the pipeline makes N calls in place of T. Between two of them the latent
 makes the plan's one move (`runtime.executor`). Before the first skipped step the scheduler that it
-replaces makes its own steps, whatever solver that is.
+replaces makes its own steps, whatever solver that is; one that calls the model twice a step makes
+none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
 from layercache.errors import ModelMismatchError, PlanError, UnsupportedModelError
-from layercache.models.stepping import Stepped, moved_sample, sigmas_of, solver_of
+from layercache.models.stepping import (
+    Stepped,
+    first_calls,
+    listed_sigmas,
+    moved_sample,
+    sigmas_of,
+    solver_of,
+)
 from layercache.plan import Plan
 from layercache.runtime._position import compare_sigmas
 from layercache.runtime.arithmetic import affine
@@ -67,7 +75,7 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps: Tensor = self.base.timesteps
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._solver = "euler"
+        self._solver, self._twice = "euler", False
         self._levels: list[float] = []
 
     @classmethod
@@ -122,10 +130,13 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
             )
         self._set_base(asked, device, given)
         visited = list(self.executor.visited)
-        levels = torch.as_tensor(self.base.sigmas)
-        self.sigmas = levels[[*visited, self.plan.num_steps]]
+        listed = torch.as_tensor(self.base.sigmas)
+        first = first_calls(listed_sigmas(self.base))
+        self._twice = len(first) < len(listed) - 1
+        calls = [first[step] for step in visited]
+        self.sigmas = listed[[*calls, -1]]
         self._levels = self.sigmas.tolist()
-        self.timesteps = torch.as_tensor(self.base.timesteps)[visited].to(device)
+        self.timesteps = torch.as_tensor(self.base.timesteps)[calls].to(device)
         self.num_inference_steps = len(visited)
         self._step_index = self._begin_index = None
         self.executor.clear()
@@ -151,7 +162,7 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
         stop = executor.after(start)
         mean = executor.compute(start, model_output)
         assert mean is not None
-        if start < executor.first_pause and self._solver == "other":
+        if start < executor.first_pause and self._solver == "other" and not self._twice:
             moved = moved_sample(self.base.step(mean, timestep, sample, return_dict=False))
         else:
             length = self._levels[self._step_index + 1] - self._levels[self._step_index]

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from layercache.errors import ModelMismatchError
@@ -24,11 +25,13 @@ from layercache.models.gates import Call
 from layercache.models.patching import own_methods
 from layercache.models.stepping import (
     Stepped,
+    levels,
     moved_sample,
     sigmas_of,
     solver_of,
     tap_step,
 )
+from layercache.models.tensors import map_tensors
 from layercache.runtime._groups import Branch, GroupRunner
 from layercache.runtime._position import Position, compare_sigmas
 from layercache.runtime._record import STEP, Record
@@ -63,8 +66,13 @@ class Session:
         )
         # Found out when the first run begins and the scheduler has its timesteps.
         self._solver = ""
-        self._levels: list[float] = []
+        self._levels: tuple[float, ...] = ()
         self._step = -1
+        # Under a scheduler that calls the model twice a step: the last step that the plan made, so
+        # that its second call has nothing to do; and what each branch returned to the first call.
+        self._owned: int | None = None
+        self._again = False
+        self._forms: dict[Branch, Any] = {}
         self.groups: list[GroupRunner] = []
         self._blocks: dict[str, list[nn.Module]] = {}
         for group in self.plan.groups:
@@ -104,8 +112,8 @@ class Session:
     def end(self) -> None:
         """The run under way, if any, was left: nothing is kept for it."""
         self._loop = None
-        self._answered.clear()
-        self._computed.clear()
+        for held in (self._answered, self._computed, self._forms):
+            held.clear()
         self.flush()
 
     # -- calls of the transformer --------------------------------------------------------------
@@ -118,6 +126,10 @@ class Session:
         if step is None:
             return inner(*args, **kwargs)
         branch = self._position.branch(self.run.context.name)
+        if step == self._owned:
+            # The second call of a step that the plan has made: whatever comes of it is dropped.
+            form = self._forms.get(branch)
+            return inner(*args, **kwargs) if form is None else map_tensors(torch.zeros_like, form)
         shapes = signature(args, kwargs)
         if self._signatures.setdefault(branch, shapes) != shapes:
             self._signatures[branch] = shapes
@@ -134,6 +146,8 @@ class Session:
             answer = runner.answer(step, branch)
             if answer is not None:
                 self._answered.add(branch)
+                if self._position.twice:
+                    self._forms[branch] = answer
                 record.count(STEP, branch, step, False, start, clock.mark())
                 return answer
         self._computed.add(branch)
@@ -147,6 +161,8 @@ class Session:
         if runner is not None:
             record.count(STEP, branch, step, True, start, clock.mark())
             runner.computed(step, branch, output)
+            if self._position.twice:
+                self._forms[branch] = map_tensors(torch.Tensor.detach, output)
         return output
 
     def failed(self) -> None:
@@ -194,16 +210,26 @@ class Session:
         self._position.begin()
         self._caller = caller
         sigmas, steps = self._unclaimed
+        position = self._position
+        steps = {position.locate(call)[0] for call in steps}
         if first:
             # Before its first call of this transformer nobody watched a copy's scheduler.
-            steps = set(range(getattr(self.scheduler, "begin_index", None) or 0, index))
+            begin = getattr(self.scheduler, "begin_index", None) or 0
+            steps = set(range(position.locate(begin)[0], index))
         if first or sigmas is self.scheduler.sigmas:
             self._record.steps_elsewhere |= steps
         self._unclaimed = (None, set())
-        self._levels = self.scheduler.sigmas.tolist()
+        self._levels = levels(self.scheduler.sigmas.tolist())
+        self._owned = None
         if self.step_runner is not None and any(self.step_runner.schedule.cached):
             self._solver = self._solver or solver_of(self.scheduler)
         self._controlled = self._matches(sigmas_of(self.scheduler))
+        groups = [row for name, row in self.plan.schedules.items() if name != STEP]
+        if self._controlled and position.twice and any(any(row.cached) for row in groups):
+            name = type(self.scheduler).__name__
+            self._mismatched(
+                f"{name} calls the model twice a step, the plan caches groups of blocks"
+            )
         self._compare_setting(caller)
 
     def _matches(self, sigmas: tuple[float, ...]) -> bool:
@@ -261,13 +287,20 @@ class Session:
         self.run.check_root()
         self._step = -1
         position, record = self._position, self._record
+        at, second = position.locate(index)
+        self._again = second and at + position.offset == self._owned
+        if self._again:
+            position.stepped()
+            return velocity
         called = position.under_way and bool(self._answered or self._computed)
         position.stepped()
         if not called:
-            self._stepped_elsewhere(index)
+            self._stepped_elsewhere(index, at)
             return velocity
         result, step = velocity, position.step
         self._step = step
+        if position.twice and self.step_runner is not None:
+            self._owned = step
         record.calls[step] = len(self._answered | self._computed)
         if len(record.calls) == 1:
             self._compare_shape(sample)
@@ -288,10 +321,18 @@ class Session:
         """Where the plan moves the latent to instead of a scheduler that leans on steps before.
 
         Its own step was made all the same, to keep its index; from the first skipped step on, what
-        it keeps of the steps before is not what it takes it for.
+        it keeps of the steps before is not what it takes it for. Where it would call the model
+        twice a step, the plan makes every step, of the first call alone.
         """
         step, runner = self._step, self.step_runner
-        if runner is None or self._solver != "other" or step < runner.executor.first_pause:
+        if self._again:
+            return sample.to(moved_sample(result))
+        if runner is None:
+            return None
+        if self._position.twice:
+            if step != self._owned:
+                return None
+        elif self._solver != "other" or step < runner.executor.first_pause:
             return None
         if isinstance(result, Stepped) and not self._record.calls.get(step):
             # Another plan, of the model that made this step, has moved it.
@@ -307,13 +348,13 @@ class Session:
         if planned is not None and list(planned) != here:
             self._note(f"the latents of an image are {planned} in the plan and {here} here")
 
-    def _stepped_elsewhere(self, index: int) -> None:
+    def _stepped_elsewhere(self, call: int, index: int) -> None:
         """Another model of the pipeline made this step: an expert's plan has nothing to do here."""
         if not self._position.under_way:
             sigmas, steps = self._unclaimed
             if sigmas is not self.scheduler.sigmas:
                 steps = set()
-            self._unclaimed = (self.scheduler.sigmas, steps | {index})
+            self._unclaimed = (self.scheduler.sigmas, steps | {call})
         elif self._controlled:
             self._step = step = index + self._position.offset
             self._record.steps_elsewhere.add(step)

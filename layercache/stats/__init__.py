@@ -35,7 +35,7 @@ FloatArray = NDArray[np.floating[Any]]
 
 SCHEMA_VERSION = 3
 """Versions 1 and 2 were drafts that no release wrote."""
-_WHOLE = ("branches", "velocity_bytes", "output_bytes", "numel", "probes", "sketch_seed")
+_WHOLE = ("branches", "velocity_bytes", "output_bytes", "numel", "probes", "passes", "sketch_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,8 @@ class CalibrationStats:
         setting: Soft fingerprint: scheduler, guidance, resolution, dtype and so on.
         component: Attribute of the pipeline that was calibrated.
         mode: `"replay"` if velocity deltas were measured, `"residual"` if residuals stand in.
+        passes: How often the uncached run makes the calls of a step: 2 under Heun's method, for all
+            steps but the last. A plan makes them once at each step that it computes.
         probes: Perturbed runs asked for to measure `amplification`, fewer in runs of a few steps;
             0 if it was not measured.
 
@@ -138,6 +140,7 @@ class CalibrationStats:
     component: str = "transformer"
     mode: str = "replay"
     probes: int = 0
+    passes: int = 1
 
     def __post_init__(self) -> None:
         if self.amplification.size == 0:
@@ -191,6 +194,7 @@ class CalibrationStats:
             "loads": tuple(float(load) for load in self.loads.ravel()),
             "segments": tuple(float(segment) for segment in self.segments),
             "branches": self.branches,
+            "passes": self.passes,
             "numel": self.numel,
         }
 
@@ -348,6 +352,7 @@ def _meta_fields() -> tuple[str, ...]:
         "component",
         "mode",
         "probes",
+        "passes",
     )
 
 

@@ -80,7 +80,6 @@ def check_stats(stats: CalibrationStats) -> None:
         raise StatsError("sigmas must fall strictly and end at 0; the schedule is malformed")
     counts = {
         "prompts": prompts,
-        "groups": groups,
         "lags": lags,
         "sketch_size": size,
         "branches": stats.branches,
@@ -94,6 +93,8 @@ def check_stats(stats: CalibrationStats) -> None:
             f"mode is {stats.mode!r} and probes {stats.probes}; the modes are "
             f"{' and '.join(map(repr, _MODES))}, and probes cannot be negative"
         )
+    if stats.passes not in (1, 2):
+        raise StatsError(f"passes is {stats.passes}; the calls of a step are made once or twice")
     if (stats.times_ms < 0).any():
         raise StatsError("times_ms must not be negative")
     if not (stats.times_ms[:, :-1] > 0).any(axis=1).all():
@@ -108,7 +109,7 @@ def check_stats(stats: CalibrationStats) -> None:
     if len(stats.group_bytes) != groups:
         raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
     for name in ("group_bytes", "velocity_bytes", "output_bytes"):
-        if np.min(getattr(stats, name)) < 0:
+        if np.min(getattr(stats, name), initial=0) < 0:
             raise StatsError(f"{name} is {getattr(stats, name)}; bytes cannot be negative")
     _check_groups(stats)
     if len(stats.prompt_ids) != prompts or list(stats.prompt_ids) != sorted(set(stats.prompt_ids)):

@@ -182,7 +182,7 @@ def test_image_gain_is_that_of_the_autoencoder() -> None:
 
 def test_one_group_a_block_and_groups_of_ones_own() -> None:
     pipe = tiny_pipeline()
-    assert measure(pipe, groups=None, lags=1).num_groups == 4
+    assert measure(pipe, groups="blocks", lags=1).num_groups == 4
     own = (Group(block_list="transformer_blocks", start=1, stop=3),)
     assert measure(pipe, groups=own, lags=1).groups == own
 

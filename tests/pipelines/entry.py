@@ -41,6 +41,9 @@ class Entry:
         partial: A part of the latent is the pipeline's own to make, such as an inpainted
             background or a first frame.
         negated: The model's output points against the velocity.
+        grouped: Blocks can be grouped: an adapter knows the model, and the scheduler calls it once
+            a step.
+        passes: How often the scheduler calls the model for a step.
         refused: Why calibration has to refuse this entry; empty where it has not.
         note: What is different here from the ordinary case, for the table.
     """
@@ -55,6 +58,8 @@ class Entry:
     component: str = "transformer"
     partial: bool = False
     negated: bool = False
+    grouped: bool = True
+    passes: int = 1
     refused: str = ""
     note: str = ""
 

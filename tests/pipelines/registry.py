@@ -8,6 +8,7 @@ from tests.pipelines import (
     images,
     modular,
     more_images,
+    others,
     qwen_image,
     sd3,
     video,
@@ -16,7 +17,8 @@ from tests.pipelines import (
 )
 from tests.pipelines.entry import Entry
 
-_MODULES = (qwen_image, flux, sd3, z_image, hunyuan, wan, video, images, more_images, modular)
+_MODULES = (qwen_image, flux, sd3, z_image, hunyuan, wan, video, images, more_images, modular,
+            others)  # fmt: skip
 ENTRIES: tuple[Entry, ...] = tuple(entry for module in _MODULES for entry in module.ENTRIES)
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 SLACK_DB = 9.0

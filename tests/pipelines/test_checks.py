@@ -153,6 +153,8 @@ def handed_out_twice(scheduler: Any) -> Iterator[None]:
 class Recorded:
     """What the check reads of statistics, of an observed run."""
 
+    passes = 1
+
     def __init__(self, seen: Any) -> None:
         self.num_steps = len(seen.velocities)
         self.velocities = torch.stack([v.float().flatten() for v in seen.velocities])[None]

@@ -144,7 +144,7 @@ def test_an_exact_schedule_has_no_error() -> None:
     stats = random_stats(8)
     everything = np.ones((stats.num_steps, 1 + stats.num_groups), dtype=bool)
     fit = ErrorModel(stats).fit(everything)
-    assert fit.exact and fit.score == -np.inf
+    assert fit.score == -np.inf
     assert np.isinf(predicted_psnr(stats, fit.error)).all()
     other: dict[str, Any] = {"setting": {"scheduler": "DPMSolverMultistepScheduler"}}
     fit = ErrorModel(replace(stats, latents=stats.latents**2, **other)).fit(everything)

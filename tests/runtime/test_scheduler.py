@@ -142,7 +142,7 @@ def plan_and_pipeline(name: str = "WanPipeline") -> tuple[Plan, Any, Any]:
     return plan_for(pipe, call, [step("##0#0", [(), (0.3,), (), (0.2, -0.1), ()])]), pipe, call
 
 
-def test_it_is_saved_and_read_in_another_process(tmp_path: Path) -> None:
+def test_it_is_saved_and_read(tmp_path: Path) -> None:
     plan, pipe, call = plan_and_pipeline()
     pipe.scheduler = LayerCacheScheduler.from_plan(plan, pipe.scheduler)
     expected = call()
@@ -152,14 +152,25 @@ def test_it_is_saved_and_read_in_another_process(tmp_path: Path) -> None:
     assert again.config.shift == 3.0
     pipe.scheduler = again
     assert torch.equal(call(), expected)
-    torch.save(expected, tmp_path / "expected.pt")
+
+
+def test_every_pipeline_s_is_read_in_another_process(tmp_path: Path) -> None:
+    for name in PIPELINES:
+        plan, pipe, call = plan_and_pipeline(name)
+        pipe.scheduler = LayerCacheScheduler.from_plan(plan, pipe.scheduler)
+        pipe.scheduler.save_pretrained(tmp_path / name)
+        torch.save(call(), tmp_path / name / "expected.pt")
     code = f"""
 import torch
+from pathlib import Path
 from layercache.runtime import LayerCacheScheduler
-from tests.runtime.pipelines import build
-pipe, call = build("WanPipeline")
-pipe.scheduler = LayerCacheScheduler.from_pretrained({str(tmp_path / "scheduler")!r})
-assert torch.equal(call(), torch.load({str(tmp_path / "expected.pt")!r}))
+from tests.runtime.pipelines import PIPELINES, build
+for name in PIPELINES:
+    folder = Path({str(tmp_path)!r}) / name
+    pipe, call = build(name)
+    pipe.scheduler = LayerCacheScheduler.from_pretrained(folder)
+    found, expected = call(), torch.load(folder / "expected.pt")
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

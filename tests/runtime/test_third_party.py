@@ -81,7 +81,7 @@ def test_a_registered_adapter_is_enough(form: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Block, "form", form)
     pipe = LoopPipeline(Model(), inputs(), guided=False)
     with pytest.raises(UnsupportedModelError, match="no adapter knows Model"):
-        make_plan(pipe, 4, [])
+        check_adapter(pipe.transformer, **inputs())
     declare()
     units = [group("blocks", 0, 2, "##1#"), group("blocks", 3, 4, "#0#2")]
     expected = SlowRuntime(pipe, 4, units).run()
