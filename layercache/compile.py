@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from layercache._fit_rows import rows_of
 from layercache.costs import STEP, cache_bytes, cell_ms, full_ms, speedup_of
-from layercache.errors import BudgetError, StatsError
+from layercache.errors import BudgetError, OptionError, StatsError
 from layercache.options import Options
 from layercache.plan import Budget, Certificate, Plan
 from layercache.prediction import (
@@ -83,7 +83,8 @@ def compile_plan(
         BudgetError: The budget cannot be met; the message gives the tightest one that can.
         PlanError: The budget cannot be read.
         StatsError: The statistics cannot be interpolated to `sigmas`.
-        OptionError: An option is unknown or not of its type.
+        OptionError: An option is unknown or not of its type, or the units are groups alone and the
+            statistics have none.
 
     Example:
         >>> plan = compile_plan(stats, "2x")  # doctest: +SKIP
@@ -142,6 +143,11 @@ class _Compiler:
         if options.sigmas is not None:
             stats = resample(stats, np.array(options.sigmas))
         options.check_steps(stats.num_steps)
+        if not stats.groups and "step" not in options.units:
+            raise OptionError(
+                f"units is {options.units!r}, and these statistics have no groups: this model can "
+                "skip whole steps only, so give units=('step',)"
+            )
         self.stats, self.options, self.progress = stats, options, progress
         self.forced = uncacheable(stats) | frozenset(options.forced)
         self._models: dict[int, ErrorModel] = {}

@@ -80,7 +80,6 @@ def check_stats(stats: CalibrationStats) -> None:
         raise StatsError("sigmas must fall strictly and end at 0; the schedule is malformed")
     counts = {
         "prompts": prompts,
-        "groups": groups,
         "lags": lags,
         "sketch_size": size,
         "branches": stats.branches,
@@ -108,7 +107,7 @@ def check_stats(stats: CalibrationStats) -> None:
     if len(stats.group_bytes) != groups:
         raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
     for name in ("group_bytes", "velocity_bytes", "output_bytes"):
-        if np.min(getattr(stats, name)) < 0:
+        if np.min(getattr(stats, name), initial=0) < 0:
             raise StatsError(f"{name} is {getattr(stats, name)}; bytes cannot be negative")
     _check_groups(stats)
     if len(stats.prompt_ids) != prompts or list(stats.prompt_ids) != sorted(set(stats.prompt_ids)):
