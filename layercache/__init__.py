@@ -15,6 +15,7 @@ from layercache.errors import (
 )
 from layercache.options import Options
 from layercache.plan import Budget, Plan
+from layercache.plan_set import PlanSet
 from layercache.stats import CalibrationStats, Group
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Options",
     "Plan",
     "PlanError",
+    "PlanSet",
     "StatsError",
     "UnsupportedModelError",
     "compile_plan",

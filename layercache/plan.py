@@ -5,25 +5,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from layercache import costs
-from layercache._json import parse, require_plain
+from layercache._json import require_plain
+from layercache._json_file import JsonFile
 from layercache._plan_parts import Budget, Certificate, ModelFingerprint, Predicted
-from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Frozen, Schedule, UnitPlan
+from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Schedule, UnitPlan
 from layercache.errors import ModelMismatchError, PlanError
 from layercache.options import Options
-from layercache.stats import CalibrationStats, FloatArray, write_atomically
+from layercache.stats import CalibrationStats, FloatArray
 
 __all__ = [
     "COMPUTED",
@@ -42,17 +39,21 @@ __all__ = [
 
 SCHEMA_VERSION: Literal[1] = 1
 """The only one; drafts of the format are not read."""
-_MAX_FILE_BYTES = 16 * 2**20
 _MAX_STEPS = 10_000
 
 
-class Plan(Frozen):
+class Plan(JsonFile):
     """A schedule for one model, with what was predicted of it and a certificate.
 
     Example:
         >>> plan = Plan.load("plan.json")  # doctest: +SKIP
         >>> print(plan.summary())  # doctest: +SKIP
     """
+
+    VERSION: ClassVar[int] = SCHEMA_VERSION
+    KIND: ClassVar[str] = "plan"
+    FILE_NAME: ClassVar[str] = "layercache_plan.json"
+    MAX_BYTES: ClassVar[int] = 16 * 2**20
 
     schema_version: Literal[1] = SCHEMA_VERSION
     generator: str
@@ -177,6 +178,10 @@ class Plan(Frozen):
         )
 
     @property
+    def _plans(self) -> tuple[Plan, ...]:
+        return (self,)
+
+    @property
     def num_steps(self) -> int:
         """T."""
         return len(self.sigmas) - 1
@@ -203,69 +208,6 @@ class Plan(Frozen):
     def schedules(self) -> dict[str, Schedule]:
         """Every unit's resolved row, by unit name."""
         return {unit.name: unit.schedule(self.sigmas) for unit in self.units}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back to an equal plan."""
-        return self.model_dump(mode="json", exclude_none=True)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Validate plain values.
-
-        Raises:
-            PlanError: The version is unknown, or a value is wrong; the message gives its path.
-        """
-        try:
-            require_plain(data, "plan")
-        except ValueError as error:
-            raise PlanError(str(error)) from error
-        found = data.get("schema_version") if isinstance(data, Mapping) else None
-        if type(found) is not int or found != SCHEMA_VERSION:
-            raise PlanError(
-                f"the plan has schema_version {found!r}; this LayerCache reads version "
-                f"{SCHEMA_VERSION}: upgrade LayerCache or compile the plan again"
-            )
-        try:
-            return cls.model_validate(dict(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
-            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-            text = f"plan{path}: {first['msg']}{more}"
-            # An unknown key may hold what no terminal can show.
-            raise PlanError(text.encode("utf-8", "backslashreplace").decode()) from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file atomically, a line a row of cells."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_atomically(path, (_one_line_arrays(text) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read and validate a file.
-
-        Raises:
-            PlanError: The file is missing, truncated, malformed, or of an unsupported version.
-        """
-        source = Path(path)
-        try:
-            if source.stat().st_size > _MAX_FILE_BYTES:
-                raise PlanError(f"{path}: {source.stat().st_size} bytes are no plan; refused")
-            data = parse(source.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise PlanError(f"{path}: no such plan file") from None
-        except (OSError, ValueError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(
-                f"{path}: not a whole plan file ({error}); compile it again or restore a copy"
-            ) from error
-        if not isinstance(data, dict):
-            raise PlanError(f"{path}: a plan is a JSON object, not a {type(data).__name__}")
-        try:
-            return cls.from_dict(data)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
 
     def check(
         self, model: Mapping[str, Any], setting: Mapping[str, Any] | None = None
@@ -325,9 +267,3 @@ def _version() -> str:
         return version("layercache-flow")
     except PackageNotFoundError:
         return "from source"
-
-
-def _one_line_arrays(text: str) -> str:
-    """Put every array of numbers on one line, so that a diff shows a row as a line."""
-    # A raw line break cannot stand inside a JSON string, so no string is touched.
-    return re.sub(r"\[\n[-+.0-9eE,\s]*\]", lambda match: " ".join(match[0].split()), text)

@@ -20,7 +20,13 @@ ALLOWED: dict[str, set[str]] = {
     "_plan_rows": {"errors"},
     "costs": {"stats", "_plan_rows"},
     "_plan_parts": {"errors", "stats", "costs", "_plan_rows"},
-    "plan": {"errors", "_json", "stats", "options", "costs", "_plan_parts", "_plan_rows"},
+    "_hub": {"errors"},
+    "_json_file": {"errors", "_json", "_hub", "_card", "_plan_rows", "stats"},
+    "plan": {
+        "errors", "_json", "_json_file", "stats", "options", "costs", "_plan_parts", "_plan_rows",
+    },
+    "plan_set": {"errors", "_json_file", "plan"},
+    "_card": {"plan"},
     "solver": {"errors"},
     "prediction": {"errors", "stats", "costs", "solver"},
     "verify": {"errors", "stats", "plan", "prediction"},
@@ -46,11 +52,12 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation", "reference", "refine",
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "stats", "plan", "options", "compile"},
+    "__init__": {"errors", "stats", "plan", "plan_set", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "plan", "solver",
-    "prediction",
+    "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub",
+    "_card", "_json_file",
+    "plan", "plan_set", "solver", "prediction",
     "verify", "_fit_rows", "compile", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}

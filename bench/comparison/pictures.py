@@ -9,9 +9,27 @@ from torch import Tensor
 from bench.comparison.equal_speed import Curve, Point, pareto_front
 from bench.comparison.results import OURS, PUBLISHED, ScenarioResult
 from layercache.evaluation._compare import Comparison, Row
-from layercache.evaluation._plots import STYLES, load_matplotlib, png_bytes
+from layercache.evaluation._plots import load_matplotlib, png_bytes
 from layercache.evaluation._sheets import image_sheet
 
+STYLES: dict[str, tuple[str, str]] = {
+    "layercache": ("#c2410c", "o"),
+    "layercache-published": ("#ca8a04", "s"),
+    "meancache": ("#1d4ed8", "^"),
+    "uniform": ("#64748b", "v"),
+    "fewer-steps": ("#15803d", "D"),
+    "non-stationary": ("#7e22ce", "P"),
+    "dpcache": ("#0891b2", "<"),
+    "lemica": ("#65a30d", ">"),
+    "magcache": ("#be185d", "X"),
+    "taylorseer": ("#4338ca", "p"),
+    "seacache": ("#0d9488", "h"),
+    "first-block-cache": ("#a16207", "d"),
+    "cache-dit": ("#e11d48", "1"),
+    "cache-dit-taylorseer": ("#fb7185", "2"),
+    "cache-dit-mask": ("#9f1239", "3"),
+}
+"""Colour and marker of each method, the same in every picture."""
 _SHEET_METHODS = 7
 
 

@@ -26,7 +26,7 @@ AMPLIFICATION = 20
 FRAMES = 3
 """Most frames of a video that are shown: the first, the last, the others evenly between them."""
 
-_CELL = 128
+_CELL = 192
 _GAP = 10
 _LABEL = 18
 _HEADING = 30
@@ -73,18 +73,18 @@ def image_sheet(
         for index in range(count):
             caption = textwrap.fill(prompts[index], 20)
             draw.multiline_text((_GAP, top + _LABEL), caption, fill="#334155", font=label)
-            difference = f"difference x{AMPLIFICATION}"
-            draw.text((_GAP, top + 2 * _LABEL + _CELL), difference, fill="#64748b", font=label)
             reference = references[index]
-            _paste(sheet, draw, label, (_CAPTION, top), "uncached", reference, None)
+            _paste(sheet, draw, label, (_CAPTION, top), "uncached", reference)
             for column, method in enumerate(methods, start=1):
                 if method not in rows:
                     continue
                 image = as_tensor(comparison.images[method, target])[index]
                 left = _CAPTION + column * (cell + _GAP)
+                value = f"{method}  {float(psnr(image[None], reference[None])):.1f} dB"
+                _paste(sheet, draw, label, (left, top), value, image)
                 gap = (image - reference).abs() * AMPLIFICATION
-                value = f"{float(psnr(image[None], reference[None])):.1f} dB"
-                _paste(sheet, draw, label, (left, top), method, image, (gap, value))
+                below = (left, top + _LABEL + _CELL)
+                _paste(sheet, draw, label, below, f"difference x{AMPLIFICATION}", gap)
             top += block
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
@@ -92,25 +92,16 @@ def image_sheet(
 
 
 def _paste(
-    sheet: Any,
-    draw: Any,
-    font: Any,
-    corner: tuple[int, int],
-    name: str,
-    image: Tensor,
-    difference: tuple[Tensor, str] | None,
+    sheet: Any, draw: Any, font: Any, corner: tuple[int, int], name: str, image: Tensor
 ) -> None:
+    """A picture with its label above it."""
     left, top = corner
-    draw.text((left, top), name, fill="#0f172a", font=font)
+    draw.text((left, top + 2), name, fill="#0f172a", font=font)
     strip = _strip(image)
     sheet.paste(strip, (left, top + _LABEL))
-    if difference is not None:
-        gap, value = difference
-        draw.text((left, top + _LABEL + _CELL + 2), value, fill="#334155", font=font)
-        low = top + 2 * _LABEL + _CELL
-        sheet.paste(_strip(gap), (left, low))
-        # Large differences are white, as the page is.
-        draw.rectangle((left, low, left + strip.width - 1, low + _CELL - 1), outline="#cbd5e1")
+    # White pictures end where the page begins.
+    frame = (left, top + _LABEL, left + strip.width - 1, top + _LABEL + _CELL - 1)
+    draw.rectangle(frame, outline="#cbd5e1")
 
 
 def _shown(picture: Tensor) -> list[Tensor]:

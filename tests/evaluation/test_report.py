@@ -112,12 +112,13 @@ def test_the_report_names_the_margin_to_meancache() -> None:
 def test_the_sheet_shows_every_image_pixel_for_pixel() -> None:
     made = comparison((2.0,))
     sheet = np.asarray(Image.open(io.BytesIO(image_sheet(made, PROMPTS, count=2))))
-    # The first uncached image, enlarged four times without interpolation.
+    # The first uncached image, enlarged without interpolation, within its frame.
     expected = (made.references[0] * 255).round().byte().permute(1, 2, 0).numpy()
-    expected = expected.repeat(4, axis=0).repeat(4, axis=1)
+    times = 192 // expected.shape[0]
+    expected = expected.repeat(times, axis=0).repeat(times, axis=1)[1:-1, 1:-1]
     row, column = expected.shape[:2]
     found = any(
-        np.array_equal(sheet[top : top + row, 150 : 150 + column], expected)
+        np.array_equal(sheet[top : top + row, 151 : 151 + column], expected)
         for top in range(sheet.shape[0] - row)
     )
     assert found

@@ -185,7 +185,7 @@ def test_frames_of_a_sheet_keep_their_shape() -> None:
     images = {key: value[..., :12, :] for key, value in comparison.images.items()}
     cut = dataclasses.replace(comparison, references=wide, images=images)
     sheet = np.asarray(Image.open(io.BytesIO(image_sheet(cut, ["a", "b"], count=1))).convert("RGB"))
-    # 128 x 48 pixels in the middle of a cell of 128 x 128, white above and below.
-    cell = sheet[10 + 30 + 18 : 10 + 30 + 18 + 128, 150 : 150 + 128]
-    assert (cell[:39] == 255).all() and (cell[90:] == 255).all()
-    assert not (cell[41:87] == 255).all()
+    # 192 x 72 pixels in the middle of a framed cell of 192 x 192, white above and below.
+    cell = sheet[10 + 30 + 18 : 10 + 30 + 18 + 192, 150 : 150 + 192][1:-1, 1:-1]
+    assert (cell[:58] == 255).all() and (cell[134:] == 255).all()
+    assert not (cell[62:130] == 255).all()
