@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from layercache.runtime._report import RunReport, UnitReport
     from layercache.runtime._run import PlanRun
     from layercache.runtime._scheduler import LayerCacheScheduler
-    from layercache.runtime.executor import StepExecutor
+    from layercache.runtime.executor import StepExecutor, sample
 
 __all__ = [
     "LayerCacheScheduler",
@@ -26,6 +26,7 @@ __all__ = [
     "apply_plan",
     "check_adapter",
     "compile_blocks",
+    "sample",
 ]
 
 _HOMES = {
@@ -37,6 +38,7 @@ _HOMES = {
     "apply_plan": "_apply",
     "check_adapter": "_checking",
     "compile_blocks": "_compiling",
+    "sample": "executor",
 }
 
 
