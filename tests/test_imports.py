@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "_json", "stats", "options", "plan", "compile", "models", "calibration",
-        "evaluation", "reference", "refine",
+        "evaluation", "reference", "refine", "runtime",
     },
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "plan_set", "options", "compile"},

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from layercache.cli._export import export
 from layercache.cli._options import (
     FILE_OR_FOLDER,
     FOLDER,
@@ -43,7 +44,7 @@ def main() -> None:
     """Calibrate a flow-matching model once, compile a caching plan for any budget, and run it."""
 
 
-for _command in (refine, evaluate):
+for _command in (refine, evaluate, export):
     main.add_command(_command)
 
 
