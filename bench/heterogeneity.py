@@ -3,10 +3,7 @@
     python -m bench.heterogeneity --model pictures
     python -m bench.heterogeneity --model first --groups 4 --prompts 4
 
-Of every group g: sum_t ||D[t,g,1]||^2 / sum_t ||v_{t-1} - v_t||^2, the error of reusing the group's
-residual of the step before, all else computed, over the error of reusing the whole velocity of the
-step before; and the group's share of the step's time. Caching a group pays where the first is below
-the second.
+The table of `layercache inspect`, from a calibration made for it (see `prediction/_paying.py`).
 """
 
 from __future__ import annotations
@@ -15,37 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from layercache.calibration import calibrate
-from layercache.stats import CalibrationStats
+from layercache.prediction import paying
 
 PICTURES = Path(__file__).parent / "models" / "pictures"
-
-
-def heterogeneity(stats: CalibrationStats) -> list[dict[str, Any]]:
-    """One row a group: name, error over skipping, share of the step's time, per half of the steps.
-
-    `early` and `late` are the ratio over the noisier and the cleaner half of the steps.
-    """
-    skipped = np.square(stats.velocities[:, :-1] - stats.velocities[:, 1:]).sum(axis=-1)
-    cached = np.square(stats.deltas[:, 1:, :, 0]).sum(axis=-1)
-    share = stats.times_ms[:, :-1].sum(axis=0) / stats.times_ms[:, :-1].sum()
-    half = skipped.shape[1] // 2
-    rows = []
-    for index, group in enumerate(stats.groups):
-        error = cached[:, :, index]
-        rows.append(
-            {
-                "group": group.name,
-                "ratio": float(error.sum() / skipped.sum()),
-                "early": float(error[:, :half].sum() / skipped[:, :half].sum()),
-                "late": float(error[:, half:].sum() / skipped[:, half:].sum()),
-                "share": float(share[index]),
-            }
-        )
-    return rows
 
 
 def _first(count: int) -> tuple[Any, list[str], int, dict[str, Any]]:
@@ -84,14 +56,11 @@ def main(model: str, folder: Path, groups: str, count: int, threads: int) -> Non
         prompts,
         num_inference_steps=steps,
         groups=int(groups) if groups.isdigit() else groups,
-        lags=1,
+        lags=3,
         probes=0,
         call_kwargs=arguments,
     )
-    click.echo("group | error over skipping | noisier half | cleaner half | share of time")
-    for row in heterogeneity(stats):
-        figures = " | ".join(f"{row[key]:.2f}" for key in ("ratio", "early", "late", "share"))
-        click.echo(f"{row['group']} | {figures}")
+    click.echo(paying(stats).table())
 
 
 if __name__ == "__main__":

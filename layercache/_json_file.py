@@ -49,7 +49,8 @@ class JsonFile(Frozen):
                 f"{cls.VERSION}: upgrade LayerCache or compile again"
             )
         try:
-            return cls.model_validate(dict(data))
+            # As JSON, where a list may stand for a tuple but text for no number.
+            return cls.model_validate_json(json.dumps(dict(data)), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])

@@ -89,6 +89,48 @@ class Predicted(Frozen):
     cache_bytes: int
 
 
+class Measured(Frozen):
+    """What runs of the plan gave, beside the uncached ones of the same prompts and seeds.
+
+    Attributes:
+        speedup: Median time of the uncached generation over the plan's.
+        psnr_db: Mean over images of the PSNR in dB against the uncached image.
+        psnr_median_db: The median.
+        psnr_tenth_db: A tenth of the images are worse.
+        psnr_worst_db: The worst.
+        ssim: Mean SSIM; None where nothing was decoded.
+        changed: Share of images with an SSIM below 0.95: a person sees the difference.
+        images: How many.
+        batch_size: Images a pipeline call.
+        device: On what.
+        dtype: Of the transformer.
+        calibration_prompts: Whether the prompts are those of the calibration.
+    """
+
+    speedup: float = Field(gt=0)
+    psnr_db: float
+    psnr_median_db: float
+    psnr_tenth_db: float
+    psnr_worst_db: float
+    ssim: float | None = None
+    changed: float | None = Field(default=None, ge=0, le=1)
+    images: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    device: str
+    dtype: str
+    calibration_prompts: bool = False
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.speedup:.2f}x, PSNR {self.psnr_median_db:.1f} dB (a tenth below "
+            f"{self.psnr_tenth_db:.1f}, worst {self.psnr_worst_db:.1f})"
+        )
+        if self.changed is not None:
+            text += f", {100 * self.changed:.0f} % visibly changed"
+        which = "calibration" if self.calibration_prompts else "other"
+        return f"{text}; {self.images} images of {which} prompts, {self.device}, {self.dtype}"
+
+
 class Certificate(Frozen):
     """What is known of how good the schedule is.
 

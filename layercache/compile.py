@@ -118,7 +118,7 @@ def pareto(
     Raises:
         BudgetError: One of the budgets cannot be met; the message names it.
     """
-    compiler = _Compiler(stats, options or Options(), progress or (lambda level, levels: None))
+    compiler = Compiler(stats, options, progress)
     return [compiler.plan(Budget.parse(budget)) for budget in budgets]
 
 
@@ -130,10 +130,17 @@ class _Choice:
     certificate: Certificate
 
 
-class _Compiler:
+class Compiler:
     """Statistics, options, and what all budgets share."""
 
-    def __init__(self, stats: CalibrationStats, options: Options, progress: Progress) -> None:
+    def __init__(
+        self,
+        stats: CalibrationStats,
+        options: Options | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        options = options or Options()
+        self.progress = progress or (lambda level, levels: None)
         if full_ms(stats) <= 0:
             raise StatsError(
                 "times_ms gives the transformer 0 ms a step, of which no budget can be a share: "
@@ -148,7 +155,7 @@ class _Compiler:
                 f"units is {options.units!r}, and these statistics have no groups: this model can "
                 "skip whole steps only, so give units=('step',)"
             )
-        self.stats, self.options, self.progress = stats, options, progress
+        self.stats, self.options = stats, options
         self.forced = uncacheable(stats) | frozenset(options.forced)
         self._models: dict[int, ErrorModel] = {}
         self._fitted: dict[tuple[int, bytes], Fit] = {}

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from layercache import costs
 from layercache._json import require_plain
 from layercache._json_file import JsonFile
-from layercache._plan_parts import Budget, Certificate, ModelFingerprint, Predicted
+from layercache._plan_parts import Budget, Certificate, Measured, ModelFingerprint, Predicted
 from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Schedule, UnitPlan
 from layercache.errors import ModelMismatchError, PlanError
 from layercache.options import Options
@@ -30,6 +30,7 @@ __all__ = [
     "SPANS",
     "Budget",
     "Certificate",
+    "Measured",
     "ModelFingerprint",
     "Plan",
     "Predicted",
@@ -66,6 +67,7 @@ class Plan(JsonFile):
     budget: Budget
     asked: Options
     predicted: Predicted
+    measured: Measured | None = None
     certificate: Certificate
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -257,6 +259,7 @@ class Plan(JsonFile):
             "  # computed   0 skipped or reused   1-9, a-z predicted with span K   . idle",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
             f"PSNR {psnr}, cache {p.cache_bytes / 2**20:.2f} MiB an image",
+            f"  measured: {self.measured or 'nothing'}",
             f"  certificate: {self.certificate}",
         ]
         return "\n".join(lines)

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "stats", "options", "costs", "plan", "_fit_rows", "solver", "prediction",
         "verify",
     },
+    "choices": {"errors", "stats", "options", "plan", "compile"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
     "runtime": {"errors", "plan", "models"},
@@ -44,12 +45,13 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "evaluation": {
-        "errors", "stats", "options", "costs", "plan", "compile", "models", "calibration",
-        "runtime", "reference", "refine",
+        "errors", "_json", "stats", "options", "costs", "plan", "prediction", "choices",
+        "models",
+        "compile", "calibration", "runtime", "reference", "refine",
     },
     "cli": {
-        "errors", "_json", "stats", "options", "plan", "compile", "models", "calibration",
-        "evaluation", "reference", "refine", "runtime",
+        "errors", "_json", "stats", "options", "plan", "plan_set", "compile", "prediction",
+        "models", "calibration", "evaluation", "reference", "refine", "runtime",
     },
     "__main__": {"cli"},
     "__init__": {"errors", "stats", "plan", "plan_set", "options", "compile"},
@@ -58,7 +60,7 @@ TORCH_FREE = (
     "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub",
     "_card", "_json_file",
     "plan", "plan_set", "solver", "prediction",
-    "verify", "_fit_rows", "compile", "cli", "__init__",
+    "verify", "_fit_rows", "compile", "choices", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

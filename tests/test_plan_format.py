@@ -11,7 +11,8 @@ import pytest
 
 from layercache.errors import PlanError
 from layercache.options import Options
-from layercache.plan import Certificate, Plan, Predicted, UnitPlan
+from layercache.plan import Certificate, Measured, Plan, Predicted, UnitPlan
+from layercache.plan_set import PlanSet
 
 PLANS = Path(__file__).parent.parent / "plans"
 
@@ -38,7 +39,7 @@ def test_the_example_of_the_specification_is_a_valid_plan() -> None:
 
 def test_the_specification_names_every_key() -> None:
     text = (PLANS / "README.md").read_text(encoding="utf-8")
-    models = (Plan, UnitPlan, Predicted, Certificate)
+    models = (Plan, UnitPlan, Predicted, Measured, Certificate, PlanSet)
     names = [name for model in models for name in model.model_fields]
     for name in names + [field.name for field in fields(Options)]:
         assert f"`{name}`" in text or f'"{name}"' in text, name

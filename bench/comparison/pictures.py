@@ -9,8 +9,8 @@ from torch import Tensor
 from bench.comparison.equal_speed import Curve, Point, pareto_front
 from bench.comparison.results import OURS, PUBLISHED, ScenarioResult
 from layercache.evaluation._compare import Comparison, Row
-from layercache.evaluation._plots import load_matplotlib, png_bytes
 from layercache.evaluation._sheets import image_sheet
+from layercache.evaluation.plots import load_matplotlib, png_bytes
 
 STYLES: dict[str, tuple[str, str]] = {
     "layercache": ("#c2410c", "o"),

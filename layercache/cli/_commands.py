@@ -33,8 +33,10 @@ from layercache.cli._options import (
     remove_parts,
 )
 from layercache.cli._running import evaluate, refine
+from layercache.cli._sharing import bundle, explore, push
 from layercache.options import PREDICTORS, SOLVERS, whole
 from layercache.plan import Budget, Plan
+from layercache.prediction import paying
 from layercache.stats import CalibrationStats, merge_all
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     """Calibrate a flow-matching model once, compile a caching plan for any budget, and run it."""
 
 
-for _command in (refine, evaluate, export):
+for _command in (refine, evaluate, explore, bundle, push, export):
     main.add_command(_command)
 
 
@@ -290,6 +292,8 @@ def check(
 def _print_stats(stats: CalibrationStats, as_json: bool, file: Path) -> None:
     if not as_json:
         click.echo(stats.summary())
+        if stats.num_groups and stats.num_steps > 1:
+            click.echo(paying(stats).table())
         log(f"file: {file}")
         return
     print_json(

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layercache.evaluation._compare import Comparison
-from layercache.evaluation._plots import pareto, plan_heat_map
 from layercache.evaluation._report import html_report
 from layercache.evaluation._sheets import image_sheet
+from layercache.evaluation.plots import pareto, plan_heat_map
 from layercache.plan import Plan
 from layercache.stats import write_atomically
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from layercache.evaluation._artifacts import write_artifacts
 from layercache.evaluation._compare import Comparison, Row
-from layercache.evaluation._plots import pareto, plan_heat_map
 from layercache.evaluation._report import html_report
 from layercache.evaluation._sheets import image_sheet
+from layercache.evaluation.plots import pareto, plan_heat_map
 from layercache.plan import Plan
 from tests.test_plan_format import example
 
