@@ -65,8 +65,8 @@ def calibrate_function(
             part of that shape.
         conditions: P values that `velocity` gets with the noises; None if there are none.
         name: What plans call the model; the function's own name if None.
-        probes: Perturbed runs a noise, which measure how errors grow: each costs about half of a
-            generation. Without any, errors count as if none grew.
+        probes: Perturbed runs a noise, which measure how errors grow: each costs about two
+            thirds of a generation. Without any, errors count as if none grew.
         sketch_size: Numbers that are kept of a velocity.
         seed: Of the sketches.
         progress: Show a progress bar on stderr.
