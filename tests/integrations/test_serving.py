@@ -35,7 +35,9 @@ def plan_of(steps: int, size: int) -> Plan:
     generate(pipe, steps, size, seed=0)
     units = [step(PLANS[steps, size], None)]
     plan = make_plan(pipe, steps, units, sigmas=sigmas_of(pipe.scheduler))
-    setting = plan.setting | {"height": size, "width": size}
+    # As calibration writes it; plan sets tell sizes by the latents.
+    tokens = (size // 4) ** 2
+    setting = plan.setting | {"height": size, "width": size, "latent_shape": [tokens, 48]}
     predicted = plan.predicted.model_copy(update={"speedup": 2.0})
     return plan.model_copy(update={"setting": setting, "predicted": predicted})
 
