@@ -4,6 +4,7 @@ Importing this package does not import torch. Calibration and the runtime, which
 `layercache.calibration` and `layercache.runtime`.
 """
 
+from layercache._version import VERSION as __version__
 from layercache.compile import compile_plan, pareto
 from layercache.errors import (
     BudgetError,
@@ -31,6 +32,7 @@ __all__ = [
     "PlanSet",
     "StatsError",
     "UnsupportedModelError",
+    "__version__",
     "compile_plan",
     "pareto",
 ]

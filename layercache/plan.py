@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -18,6 +17,7 @@ from layercache._json import require_plain
 from layercache._json_file import JsonFile
 from layercache._plan_parts import Budget, Certificate, Measured, ModelFingerprint, Predicted
 from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Schedule, UnitPlan
+from layercache._version import VERSION
 from layercache.errors import ModelMismatchError, PlanError
 from layercache.options import Options
 from layercache.stats import CalibrationStats, FloatArray
@@ -160,7 +160,7 @@ class Plan(JsonFile):
                 if key != "num_inference_steps" and "shift" not in key
             }
         return cls(
-            generator=f"layercache {_version()}",
+            generator=f"layercache {VERSION}",
             component=stats.component,
             model=ModelFingerprint.model_validate(stats.model),
             setting=setting,
@@ -263,10 +263,3 @@ class Plan(JsonFile):
             f"  certificate: {self.certificate}",
         ]
         return "\n".join(lines)
-
-
-def _version() -> str:
-    try:
-        return version("layercache-flow")
-    except PackageNotFoundError:
-        return "from source"

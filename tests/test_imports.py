@@ -20,10 +20,12 @@ ALLOWED: dict[str, set[str]] = {
     "_plan_rows": {"errors"},
     "costs": {"stats", "_plan_rows"},
     "_plan_parts": {"errors", "stats", "costs", "_plan_rows"},
+    "_version": set(),
     "_hub": {"errors"},
     "_json_file": {"errors", "_json", "_hub", "_card", "_plan_rows", "stats"},
     "plan": {
-        "errors", "_json", "_json_file", "stats", "options", "costs", "_plan_parts", "_plan_rows",
+        "errors", "_json", "_json_file", "_version", "stats", "options", "costs", "_plan_parts",
+        "_plan_rows",
     },
     "plan_set": {"errors", "_json_file", "plan"},
     "_card": {"plan"},
@@ -54,10 +56,10 @@ ALLOWED: dict[str, set[str]] = {
         "models", "calibration", "evaluation", "reference", "refine", "runtime",
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "stats", "plan", "plan_set", "options", "compile"},
+    "__init__": {"_version", "errors", "stats", "plan", "plan_set", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub",
+    "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub", "_version",
     "_card", "_json_file",
     "plan", "plan_set", "solver", "prediction",
     "verify", "_fit_rows", "compile", "choices", "cli", "__init__",
