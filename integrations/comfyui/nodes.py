@@ -1,4 +1,4 @@
-"""The node: reads a plan of whole steps and gives what SamplerCustom takes, SAMPLER and SIGMAS.
+"""The nodes: one samples by a plan of whole steps, the other measures what plans are made of.
 
 ComfyUI's samplers get a function of latent and noise level that returns the denoised latent,
 guidance and all. For a flow-matching model the velocity is v = (x - denoised) / sigma; LayerCache's
@@ -21,7 +21,10 @@ from tqdm.auto import tqdm
 from layercache.errors import ModelMismatchError, UnsupportedModelError
 from layercache.plan import Plan
 from layercache.runtime.executor import StepExecutor
+from layercache.stats import CalibrationStats
 
+Sampler = Callable[..., torch.Tensor]
+"""A function as those of `comfy.k_diffusion.sampling`."""
 FOLDER = "layercache"
 """Plans lie in `models/layercache`, or in folders of this name in `extra_model_paths.yaml`."""
 _TOLERANCE = 1e-4
@@ -67,6 +70,34 @@ class LayerCachePlan:
         return comfy.samplers.KSAMPLER(sampler_of(found)), sigmas_of(found)
 
 
+class LayerCacheCalibrate:
+    """A sampler that measures the model while it samples, and adds that to a statistics file.
+
+    Every generation counts as one prompt; four to eight of different prompts and seeds are enough.
+    """
+
+    CATEGORY = LayerCachePlan.CATEGORY
+    DESCRIPTION = "Euler, in full, and six times as slow: measures what LayerCache plans need."
+    RETURN_TYPES = ("SAMPLER",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The name of the file in `models/layercache`, without its ending."""
+        return {"required": {"name": ("STRING", {"default": "stats"})}}
+
+    def make(self, name: str) -> tuple[Any]:
+        """The sampler.
+
+        Raises:
+            ValueError: The name is none of a file.
+        """
+        if not name or os.path.basename(name) != name or name.startswith("."):
+            raise ValueError(f"name is {name!r}; it must be that of a file, without a folder")
+        path = os.path.join(folder_paths.models_dir, FOLDER, f"{name}.npz")
+        return (comfy.samplers.KSAMPLER(calibrating(path)),)
+
+
 def sigmas_of(plan: Plan) -> torch.Tensor:
     """The levels of the computed steps, and 0.
 
@@ -77,8 +108,8 @@ def sigmas_of(plan: Plan) -> torch.Tensor:
     return torch.tensor([*(plan.sigmas[step] for step in visited), plan.sigmas[-1]])
 
 
-def sampler_of(plan: Plan) -> Callable[..., torch.Tensor]:
-    """A function as those of `comfy.k_diffusion.sampling`."""
+def sampler_of(plan: Plan) -> Sampler:
+    """Samples at the computed steps of a plan."""
     levels = sigmas_of(plan)
 
     def sample(
@@ -90,23 +121,75 @@ def sampler_of(plan: Plan) -> Callable[..., torch.Tensor]:
         disable: bool | None = None,
     ) -> torch.Tensor:
         _check(plan, levels, sigmas)
-        _check_model(model, plan, x)
+        _check_model(model)
+        _check_size(plan, x)
         executor: StepExecutor[torch.Tensor] = StepExecutor.of(plan)
         bar, numbers = tqdm(total=len(executor.visited), disable=disable), itertools.count()
 
         def velocity(latent: torch.Tensor, sigma: float) -> torch.Tensor:
-            level = latent.new_full((len(latent),), sigma)
-            denoised = model(latent, level, **(extra_args or {}))
-            if callback is not None:
-                here = {"i": next(numbers), "sigma": level[0], "sigma_hat": level[0]}
-                callback({**here, "x": latent, "denoised": denoised})
             bar.update()
-            return (latent - denoised) / sigma
+            return _velocity(model, latent, sigma, extra_args, callback, next(numbers))
 
         with torch.no_grad(), bar:
             return executor.run(velocity, x)
 
     return sample
+
+
+def calibrating(path: str) -> Sampler:
+    """Euler's method in full, after adding what it measures to a statistics file."""
+
+    def sample(
+        model: Any,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        disable: bool | None = None,
+    ) -> torch.Tensor:
+        from layercache.calibration import calibrate_function
+
+        _check_model(model)
+        if len(x) != 1:
+            raise ValueError(f"the batch has {len(x)} latents; calibrate with one at a time")
+        levels = sigmas.tolist()
+        stats = calibrate_function(
+            lambda latent, sigma, _: _velocity(model, latent, sigma, extra_args),
+            levels,
+            [x],
+            name=f"ComfyUI {type(model.inner_model.inner_model).__name__}",
+        )
+        if os.path.exists(path):
+            kept = CalibrationStats.load(path)
+            # The same seed and prompt again add nothing.
+            stats = kept if set(stats.prompt_ids) <= set(kept.prompt_ids) else kept.merge(stats)
+        stats.save(path)
+        _log.info("%s has %d prompts", path, stats.num_prompts)
+        with torch.no_grad():
+            for number, (here, there) in enumerate(itertools.pairwise(levels)):
+                made = _velocity(model, x, here, extra_args, callback, number)
+                x = x + (there - here) * made
+        return x
+
+    return sample
+
+
+def _velocity(
+    model: Any,
+    latent: torch.Tensor,
+    sigma: float,
+    extra_args: dict[str, Any] | None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    number: int = 0,
+) -> torch.Tensor:
+    """(x - denoised) / sigma; an observer is told what ComfyUI's own samplers tell."""
+    level = latent.new_full((len(latent),), sigma)
+    denoised = model(latent, level, **(extra_args or {}))
+    if callback is not None:
+        here = {"i": number, "sigma": level[0], "sigma_hat": level[0]}
+        callback({**here, "x": latent, "denoised": denoised})
+    result: torch.Tensor = (latent - denoised) / sigma
+    return result
 
 
 def _check(plan: Plan, levels: torch.Tensor, sigmas: torch.Tensor) -> None:
@@ -120,13 +203,16 @@ def _check(plan: Plan, levels: torch.Tensor, sigmas: torch.Tensor) -> None:
         )
 
 
-def _check_model(model: Any, plan: Plan, x: torch.Tensor) -> None:
+def _check_model(model: Any) -> None:
     sampling = model.inner_model.inner_model.model_sampling
     if not isinstance(sampling, comfy.model_sampling.CONST):
         raise UnsupportedModelError(
             f"this model is sampled by {type(sampling).__name__}, which is no flow matching; plans "
             "are for flow-matching models (Flux, SD3, Qwen-Image, Wan, ...)"
         )
+
+
+def _check_size(plan: Plan, x: torch.Tensor) -> None:
     shape = plan.setting.get("latent_shape")
     wanted = torch.Size(shape).numel() if isinstance(shape, list) else None
     if wanted is not None and wanted != x[0].numel():

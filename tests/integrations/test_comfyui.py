@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from layercache import CalibrationStats, compile_plan
+from layercache.calibration import calibrate_function
 from layercache.errors import ModelMismatchError, PlanError, UnsupportedModelError
 from layercache.plan import Plan
 from layercache.runtime import sample
@@ -94,7 +96,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def node(models: Path) -> Iterator[Any]:
+def nodes(models: Path) -> Iterator[dict[str, Any]]:
     """Loaded as ComfyUI loads the folders of `custom_nodes`."""
     name = "custom_nodes_layercache"
     spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py")
@@ -103,10 +105,15 @@ def node(models: Path) -> Iterator[Any]:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-        yield module.NODE_CLASS_MAPPINGS["LayerCachePlan"]
+        yield module.NODE_CLASS_MAPPINGS
     finally:
         for found in [key for key in sys.modules if key.split(".")[0] == name]:
             del sys.modules[found]
+
+
+@pytest.fixture
+def node(nodes: dict[str, Any]) -> Any:
+    return nodes["LayerCachePlan"]
 
 
 def saved(folder: Path, cells: str = CELLS, taps: Any = TAPS, **setting: Any) -> Plan:
@@ -201,6 +208,42 @@ def test_a_file_written_anew_is_read_anew(node: Any, models: Path) -> None:
     saved(models, "#0000000", None)
     assert node.IS_CHANGED("plan.json") != before
     assert len(node().load("plan.json")[1]) == 2
+
+
+def test_it_calibrates_while_it_samples(nodes: dict[str, Any], models: Path) -> None:
+    """Two generations make the statistics of two; a plan of them is a plan for the node."""
+    levels = [1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0]
+    (sampler,) = nodes["LayerCacheCalibrate"]().make("mine")
+    noises = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    for noise in [*noises, noises[0]]:
+        told: list[dict[str, Any]] = []
+        found = sampler.sample(Denoiser(wave, Flow()), torch.tensor(levels), noise, told.append)
+        expected = noise
+        for here, there in itertools.pairwise(levels):
+            expected = expected + (there - here) * wave(expected, here)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert [each["i"] for each in told] == list(range(6))
+    stats = CalibrationStats.load(models / "mine.npz")
+    alone = calibrate_function(lambda z, sigma, _: wave(z, sigma), levels, noises)
+    assert stats.num_prompts == 2 and stats.model["class_name"] == "ComfyUI SimpleNamespace"
+    starts = [set(np.round(s.latents[:, 0].ravel().tolist(), 4)) for s in (stats, alone)]
+    assert starts[0] == starts[1]
+    rows = [np.sort(s.amplification, axis=0) for s in (stats, alone)]
+    np.testing.assert_allclose(*rows, rtol=1e-3)
+    compile_plan(stats, 0.5).save(models / "plan.json")
+    assert len(nodes["LayerCachePlan"]().load("plan.json")[1]) == 4
+
+
+def test_what_cannot_be_calibrated_is_refused(nodes: dict[str, Any]) -> None:
+    for name in ("", "../mine", ".hidden"):
+        with pytest.raises(ValueError, match="name is"):
+            nodes["LayerCacheCalibrate"]().make(name)
+    (sampler,) = nodes["LayerCacheCalibrate"]().make("mine")
+    sigmas = torch.tensor([1.0, 0.5, 0.0])
+    with pytest.raises(UnsupportedModelError):
+        sampler.sample(Denoiser(wave, object()), sigmas, torch.zeros(1, 3), None)
+    with pytest.raises(ValueError, match="2 latents"):
+        sampler.sample(Denoiser(wave, Flow()), sigmas, torch.zeros(2, 3), None)
 
 
 def test_the_workflow_uses_the_node_as_it_is(node: Any) -> None:
