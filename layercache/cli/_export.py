@@ -17,7 +17,7 @@ from layercache.cli._options import (
     log,
     print_json,
 )
-from layercache.errors import LayerCacheError, PlanError
+from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
 from layercache.plan import Plan
 from layercache.stats import write_atomically
 
@@ -52,7 +52,11 @@ def export(
         from layercache.runtime import LayerCacheScheduler
 
         base = None if pipe_name is None else scheduler_of(pipe_name)
-        LayerCacheScheduler.from_plan(plan, base).save_pretrained(scheduler)
+        try:
+            made = LayerCacheScheduler.from_plan(plan, base)
+        except UnsupportedModelError as error:
+            raise LayerCacheError(f"{error}; here: name its pipeline with --pipe") from error
+        made.save_pretrained(scheduler)
         written["scheduler"] = {"folder": str(scheduler), "lost": []}
     if cache_dit is not None:
         config, lost = cache_dit_config(plan)
