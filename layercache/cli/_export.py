@@ -8,15 +8,7 @@ from typing import Any
 
 import click
 
-from layercache.cli._options import (
-    FOLDER,
-    PATH,
-    REFERENCE,
-    json_option,
-    load_pipe,
-    log,
-    print_json,
-)
+from layercache.cli._options import FOLDER, PATH, REFERENCE, json_option, log, print_json
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
 from layercache.plan import Plan
 from layercache.stats import write_atomically
@@ -24,25 +16,22 @@ from layercache.stats import write_atomically
 
 @click.command()
 @click.argument("plan_file", type=PATH)
+@click.argument("model", required=False)
 @click.option("--scheduler", type=FOLDER, help="Folder for a diffusers scheduler that is the plan.")
 @click.option("--cache-dit", type=PATH, help="File for a step mask in cache-dit's configuration.")
-@click.option(
-    "--pipe",
-    "pipe_name",
-    help="Whose scheduler the plan's stands for: a diffusers model id or local folder. With it "
-    "the noise levels of every run are compared with the plan's.",
-)
 @json_option
 def export(
     plan_file: Path,
+    model: str | None,
     scheduler: Path | None,
     cache_dit: Path | None,
-    pipe_name: str | None,
     as_json: bool,
 ) -> None:
     """Write a plan of whole steps as a diffusers scheduler, or any plan as cache-dit's step mask.
 
-    What the other program cannot hold of the plan is said.
+    MODEL is the pipeline whose scheduler the written one replaces, a diffusers model id or a local
+    folder: with it the noise levels of every run are compared with the plan's. What the other
+    program cannot hold of the plan is said.
     """
     if scheduler is None and cache_dit is None:
         raise click.UsageError("say what to write: --scheduler FOLDER, --cache-dit FILE, or both")
@@ -51,11 +40,11 @@ def export(
     if scheduler is not None:
         from layercache.runtime import LayerCacheScheduler
 
-        base = None if pipe_name is None else scheduler_of(pipe_name)
+        base = None if model is None else scheduler_of(model)
         try:
             made = LayerCacheScheduler.from_plan(plan, base)
         except UnsupportedModelError as error:
-            raise LayerCacheError(f"{error}; here: name its pipeline with --pipe") from error
+            raise LayerCacheError(f"{error}; here: name its pipeline as MODEL") from error
         made.save_pretrained(scheduler)
         written["scheduler"] = {"folder": str(scheduler), "lost": []}
     if cache_dit is not None:
@@ -121,7 +110,9 @@ def scheduler_of(name: str) -> Any:
         LayerCacheError: There is none.
     """
     if name == REFERENCE:
-        return load_pipe(name, None, None, "float32", {})[0].scheduler
+        from layercache.reference import load_pipeline
+
+        return load_pipeline().scheduler
     import diffusers
 
     try:
