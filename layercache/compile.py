@@ -83,7 +83,8 @@ def compile_plan(
         BudgetError: The budget cannot be met; the message gives the tightest one that can.
         PlanError: The budget cannot be read.
         StatsError: The statistics cannot be interpolated to `sigmas`.
-        OptionError: An option is unknown or not of its type.
+        OptionError: An option is unknown or not of its type, or the units are groups alone and the
+            statistics have none.
 
     Example:
         >>> plan = compile_plan(stats, "2x")  # doctest: +SKIP

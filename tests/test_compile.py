@@ -439,3 +439,35 @@ def test_the_search_is_foretold_no_worse_than_what_solvers_propose() -> None:
 def test_errors_are_of_the_package() -> None:
     assert issubclass(OptionError, LayerCacheError)
     assert issubclass(VerificationError, LayerCacheError)
+
+
+def without_groups(stats: CalibrationStats) -> CalibrationStats:
+    """The same, as if nothing were known of the inside of the transformer."""
+    whole = stats.times_ms[:, :-1].sum(axis=1)
+    return replace(
+        stats,
+        groups=(),
+        deltas=stats.deltas[:, :, :0],
+        loads=stats.loads[:, -1:],
+        times_ms=np.column_stack([whole, stats.times_ms[:, -1]]),
+        group_bytes=(),
+    )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_statistics_without_groups_make_the_plans_of_whole_steps(
+    solver: str, tmp_path: Path
+) -> None:
+    stats = random_stats(3, prompts=1, steps=9)
+    alone = without_groups(stats)
+    alone.save(tmp_path / "stats.npz")
+    alone = CalibrationStats.load(tmp_path / "stats.npz")
+    expected = compile_plan(stats, 0.6, units=("step",), solver=solver)
+    for units in (("step",), ("step", "groups")):
+        plan = compile_plan(alone, 0.6, units=units, solver=solver)
+        assert plan.units == expected.units
+        assert plan.predicted.model_dump() == pytest.approx(expected.predicted.model_dump())
+    shorter = compile_plan(alone, 0.6, sigmas=np.linspace(1, 0, 8).tolist())
+    assert len(shorter.units) == 1
+    with pytest.raises(OptionError, match=r"units is \('groups',\)"):
+        compile_plan(alone, 0.6, units=("groups",), solver=solver)

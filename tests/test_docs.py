@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
-    for folder in (".", "docs", "bench", "plans", "layercache/reference/weights")
+    for folder in (".", "docs", "bench", "integrations", "plans", "layercache/reference/weights")
     for path in (ROOT / folder).glob("**/*.md" if folder != "." else "*.md")
 )
 HISTORY = {Path("CHANGELOG.md"), Path("bench/FINDINGS.md"), Path("bench/README.md")}

@@ -11,7 +11,7 @@ interpolated between probes in the logarithm, over sigma. The steps before t are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,19 +53,37 @@ def measure_amplification(
         others: What the pipeline's other models do at steps that are not computed again.
         count: How many steps are probed.
     """
+
+    def perturbed(probe: int, change: Tensor) -> Tensor:
+        stop = run.first[probe + 1]
+        director = Reenactment(run, changed={stop - 1: change}, known=stop)
+        stage.play(batch, director, others)
+        assert director.final is not None
+        return director.final
+
+    return growth_table(run, count, perturbed)
+
+
+def growth_table(
+    run: Run, count: int, perturbed: Callable[[int, Tensor], Tensor]
+) -> NDArray[np.float64]:
+    """(B, T) amplification of a recorded run; `perturbed` gives its final latent if it is changed.
+
+    Args:
+        run: The recorded run.
+        count: How many steps are probed.
+        perturbed: The final latent of the run that is moved by a change after a step.
+    """
     sigmas, first = run.levels, run.first
     probes = probe_steps(sigmas, count)
     if not probes:
-        return np.ones((len(batch.ids), len(first)))
+        return np.ones((len(run.final), len(first)))
     logs = []
     for probe in probes:
         change = run.velocity(first[probe - 1]) - run.velocity(first[probe])
         made = (sigmas[probe + 1] - sigmas[probe]) * change
-        stop = first[probe + 1]
-        director = Reenactment(run, changed={stop - 1: made}, known=stop)
-        stage.play(batch, director, others)
-        assert director.final is not None
-        logs.append(np.log(_growth((director.final - run.final).float() * run.mask, made)))
+        reached = perturbed(probe, made)
+        logs.append(np.log(_growth((reached - run.final).float() * run.mask, made)))
     # `np.interp` wants rising abscissae; sigmas fall.
     at = np.array([sigmas[probe] for probe in probes])[::-1]
     values = np.array(logs)[::-1]

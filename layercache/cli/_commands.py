@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from layercache.cli._export import export
 from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
     FILE_OR_FOLDER,
@@ -45,7 +46,7 @@ def main() -> None:
     """Calibrate a flow-matching model once, compile a caching plan for any budget, and run it."""
 
 
-for _command in (refine, evaluate, explore, bundle, push):
+for _command in (refine, evaluate, explore, bundle, push, export):
     main.add_command(_command)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from layercache.runtime._report import RunReport, UnitReport
     from layercache.runtime._run import PlanRun
     from layercache.runtime._scheduler import LayerCacheScheduler
-    from layercache.runtime.executor import StepExecutor
+    from layercache.runtime.executor import StepExecutor, sample
 
 __all__ = [
     "LayerCacheScheduler",
@@ -28,6 +28,7 @@ __all__ = [
     "check_adapter",
     "check_run",
     "compile_blocks",
+    "sample",
 ]
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "check_adapter": "_checking",
     "check_run": "_fits",
     "compile_blocks": "_compiling",
+    "sample": "executor",
 }
 
 

@@ -61,9 +61,9 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
             raise PlanError(
                 "a LayerCacheScheduler needs a plan: make one with LayerCacheScheduler.from_plan"
             )
-        self.plan = _whole_steps(Plan.from_dict(plan))
-        self.executor: StepExecutor[Tensor] = StepExecutor(
-            *_row(self.plan), affine, lambda tensor: tensor.detach().clone()
+        self.plan = Plan.from_dict(plan)
+        self.executor: StepExecutor[Tensor] = StepExecutor.of(
+            self.plan, affine, lambda tensor: tensor.detach().clone()
         )
         self.base = _made(base, self.plan)
         # Pipelines read the shift, the number of training steps and the like.
@@ -249,22 +249,6 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
                 f"{type(self.base).__name__} draws noise at every step, so a plan cannot leave out "
                 "any: use a deterministic flow-matching scheduler"
             )
-
-
-def _whole_steps(plan: Plan) -> Plan:
-    cached = {unit.name: sum(plan.schedules[unit.name].cached) for unit in plan.groups}
-    caching = {name: count for name, count in cached.items() if count}
-    if caching:
-        raise PlanError(
-            f"the plan caches groups of blocks ({caching}), which no scheduler can: {_HOOKS}, or "
-            'compile one with units=("step",)'
-        )
-    return plan
-
-
-def _row(plan: Plan) -> tuple[Any, tuple[float, ...]]:
-    executor: StepExecutor[Any] = StepExecutor.of(plan)
-    return executor.schedule, executor.sigmas
 
 
 def _made(base: Mapping[str, Any] | None, plan: Plan) -> Any:

@@ -7,12 +7,13 @@ one move, whatever is skipped in between:
 
 a_h the h-th computed step before a and b_h the plan's taps. Which steps are visited, and where the
 latent goes, follows from the plan and from velocities alone, so that a pipeline under a plan, a
-scheduler and a node of another program all do the same.
+scheduler, a loop of one's own and a node of another program all do the same.
 
 Example:
     >>> from layercache import Plan
-    >>> executor = StepExecutor.of(Plan.load("plan.json"))  # doctest: +SKIP
-    >>> latent = executor.run(lambda latent, sigma: model(latent, sigma), noise)  # doctest: +SKIP
+    >>> plan = Plan.load("plan.json")  # doctest: +SKIP
+    >>> latent = sample(lambda z, sigma, text: model(z, sigma, text), noise, plan, text)
+    ... # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+from layercache.errors import PlanError
 from layercache.plan import Plan, Schedule
 
 A = TypeVar("A")
@@ -32,6 +34,37 @@ def affine(value: Any, earlier: Sequence[Any], taps: Sequence[float]) -> Any:
     for other, tap in zip(earlier, taps, strict=True):
         result = result + tap * (value - other)
     return result
+
+
+def copied(value: Any) -> Any:
+    """A copy of a tensor or an array, which the model may write over; anything else as it is."""
+    copy = getattr(value, "clone", None) or getattr(value, "copy", None)
+    return value if copy is None else copy()
+
+
+def sample(
+    velocity: Callable[[Any, float, Any], Any], noise: Any, plan: Plan, condition: Any = None
+) -> Any:
+    """One generation in a loop of one's own, at the plan's computed steps alone.
+
+    Args:
+        velocity: As `calibration.calibrate_function` takes it: (latent, sigma, condition) to
+            dz/dsigma.
+        noise: The starting latent, a tensor or an array.
+        plan: A plan of whole steps. Steps before the first skipped one are Euler's.
+        condition: What `velocity` gets as its third argument.
+
+    Returns:
+        The final latent, at sigma 0.
+
+    Raises:
+        PlanError: The plan caches groups.
+
+    Example:
+        >>> latent = sample(velocity, noise, Plan.load("plan.json"))  # doctest: +SKIP
+    """
+    executor: StepExecutor[Any] = StepExecutor.of(plan, keep=copied)
+    return executor.run(lambda latent, sigma: velocity(latent, sigma, condition), noise)
 
 
 class StepExecutor(Generic[A]):
@@ -67,15 +100,31 @@ class StepExecutor(Generic[A]):
         self._mean: tuple[int, A] | None = None
 
     @classmethod
-    def of(cls, plan: Plan) -> StepExecutor[A]:
-        """For a plan's step unit; every step is computed where it has none."""
+    def of(
+        cls,
+        plan: Plan,
+        affine: Affine[A] = affine,
+        keep: Callable[[A], A] = lambda value: value,
+    ) -> StepExecutor[A]:
+        """For a plan of whole steps; every step is computed where it has no step unit.
+
+        Raises:
+            PlanError: The plan caches groups.
+        """
+        cached = {unit.name: sum(plan.schedules[unit.name].cached) for unit in plan.groups}
+        caching = {name: count for name, count in cached.items() if count}
+        if caching:
+            raise PlanError(
+                f"the plan caches groups of blocks ({caching}), which only hooks can: run it with "
+                'layercache.runtime.apply_plan, or compile one with units=("step",)'
+            )
         unit = plan.step_unit
         if unit is not None:
-            return cls(plan.schedules[unit.name], plan.sigmas)
+            return cls(plan.schedules[unit.name], plan.sigmas, affine, keep)
         steps = plan.num_steps
-        nothing = ((),) * steps
         idle = (-1,) * steps
-        return cls(Schedule((True,) * steps, (False,) * steps, idle, nothing, idle), plan.sigmas)
+        everything = Schedule((True,) * steps, (False,) * steps, idle, ((),) * steps, idle)
+        return cls(everything, plan.sigmas, affine, keep)
 
     def compute(self, step: int, velocity: A) -> A | None:
         """The mean velocity m_a of a computed step, given its own; stores what is read later.

@@ -76,7 +76,7 @@ class CalibrationStats:
 
     Attributes:
         sigmas: (T+1,) noise levels, strictly falling, the last one 0.
-        groups: The G groups, in execution order.
+        groups: The G groups, in execution order; none where only whole steps can be cached.
         branches: Most transformer calls a step (2 for sequential classifier-free guidance).
         velocities: (P, T, S) float32, sketches of the guided output of each step.
         latents: (P, T+1, S) float32, sketches of the latents that the scheduler received, and

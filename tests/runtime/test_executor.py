@@ -147,7 +147,7 @@ def test_numbers_will_do_and_a_missing_value_is_told() -> None:
     assert executor.compute(3, 8.0) is None
     assert executor.repeated(4) is None
     everything: StepExecutor[float] = StepExecutor.of(
-        make_plan(pipeline(), 3, [group(LIST, 0, 2, "#0#")])
+        make_plan(pipeline(), 3, [group(LIST, 0, 2, "###")])
     )
     assert (everything.visited, everything.first_pause) == ((0, 1, 2), 3)
 
