@@ -1,8 +1,8 @@
 """The `layercache` command. Results go to stdout, everything else to stderr.
 
 Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a plan or statistics belong to another model,
-4 a quality gate failed. Libraries are imported inside the commands, so that `inspect`, `merge` and
-`compile` work, and start fast, without torch.
+4 a quality gate failed, 130 interrupted. Libraries are imported inside the commands, so that
+`inspect`, `merge` and `compile` work, and start fast, without torch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from layercache.cli._options import (
     read_prompts,
     remove_parts,
 )
+from layercache.cli._out import OUT_FILE, OUT_FOLDER, STDOUT, put
 from layercache.cli._running import evaluate, refine
 from layercache.cli._sharing import bundle, explore, push
 from layercache.errors import LayerCacheError
@@ -50,7 +51,9 @@ for _command in (refine, evaluate, explore, bundle, push):
 
 
 @main.command()
-@click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder to write.")
+@click.option(
+    "--out", type=OUT_FOLDER, default=Path("out"), show_default=True, help="Folder to write."
+)
 @click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights.")
 @json_option
 def demo(out: Path, weights: Path | None, as_json: bool) -> None:
@@ -95,7 +98,7 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 @click.option("--max-memory", callback=parse_size, help="Bytes above the model, such as 12GB.")
 @click.option("--shard", callback=parse_shard, help="i/n: only the i-th (from 0) of n parts.")
 @click.option("--parts", type=FOLDER, help="Folder of finished prompts; default: OUT.parts.")
-@click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
+@click.option("--out", type=OUT_FILE, default=Path("stats.npz"), show_default=True)
 @json_option
 def calibrate(
     model: Model,
@@ -126,7 +129,8 @@ def calibrate(
     prompts = read_prompts(prompt_file, model.name, "calibration", count or 8, limit=count)
     pipe = model.load(local_device())
     arguments = model.arguments(pipe)
-    folder = parts or out.with_name(f"{out.name}.parts")
+    named = Path("stats.npz") if out == STDOUT else out
+    folder = parts or named.with_name(f"{named.name}.parts")
     main_process = is_main_process()
     stats = run(
         pipe,
@@ -150,7 +154,7 @@ def calibrate(
     if shard is not None:
         _print_stats(stats, as_json, folder)
         return
-    stats.save(out)
+    put(out, stats.to_bytes())
     if parts is None:
         remove_parts(folder, stats.prompt_ids)
     _print_stats(stats, as_json, out)
@@ -158,7 +162,7 @@ def calibrate(
 
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=FILE_OR_FOLDER)
-@click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
+@click.option("--out", type=OUT_FILE, default=Path("stats.npz"), show_default=True)
 @json_option
 def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Join statistics of the same model and setting from several runs or machines.
@@ -166,7 +170,7 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     A folder stands for all statistics files in it.
     """
     stats = merge_all([CalibrationStats.load(file) for file in expand_folders(files)])
-    stats.save(out)
+    put(out, stats.to_bytes())
     _print_stats(stats, as_json, out)
 
 
@@ -190,7 +194,7 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
 @click.option("--max-gap", type=click.IntRange(min=0), help="Most steps from a cached cell back.")
 @click.option("--forced", default="", help="Steps that are computed, with commas.")
 @click.option("--sigmas", default="", help="T+1 noise levels to compile for, with commas.")
-@click.option("--out", type=PATH, default=Path("plan.json"), show_default=True)
+@click.option("--out", type=OUT_FILE, default=Path("plan.json"), show_default=True)
 @json_option
 def compile_command(
     stats_file: Path,
@@ -287,6 +291,8 @@ def check(plan_file: Path, stats_file: Path | None, model: Model, as_json: bool)
 
 
 def _print_stats(stats: CalibrationStats, as_json: bool, file: Path) -> None:
+    if file == STDOUT:
+        return
     if not as_json:
         click.echo(stats.summary())
         if stats.num_groups and stats.num_steps > 1:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import io
 import json
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,8 @@ from typing import Any
 import click
 
 from layercache._json import parse
+from layercache.cli._needs import install, require
+from layercache.cli._out import STDOUT, put
 from layercache.errors import LayerCacheError, ModelMismatchError
 from layercache.plan import Budget, Plan
 
@@ -42,8 +49,30 @@ class GateFailed(Failure):
     exit_code = 4
 
 
+class Interrupted(Failure):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
 class Commands(click.Group):
     """Turns expected errors into a line and an exit code; unexpected ones keep their traceback."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, which asks for its imports before it does anything."""
+        super().add_command(cmd, name)
+        run = cmd.callback
+        assert run is not None
+
+        @functools.wraps(run)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            given = click.get_current_context().params
+            if given.get("out") == STDOUT and given.get("as_json"):
+                raise click.UsageError("--out - and --json both write to stdout; leave one out")
+            require(str(cmd.name), given)
+            return run(*args, **kwargs)
+
+        cmd.callback = checked
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line; names of files that are no text are shown escaped."""
@@ -60,13 +89,44 @@ class Commands(click.Group):
             raise Mismatch(str(error)) from error
         except LayerCacheError as error:
             raise Failure(str(error)) from error
+        except KeyboardInterrupt as error:
+            kept = {"calibrate": ": what was measured is kept; the same command goes on from there"}
+            raise Interrupted(f"interrupted{kept.get(ctx.invoked_subcommand or '', '')}") from error
         except OSError as error:
+            if error.filename is None:
+                _close_stdout()
+            if error.errno == errno.EPIPE:
+                raise  # click ends without a word, as a reader that left expects
             place = f"{error.filename}: " if error.filename else ""
             raise Failure(f"{place}{error.strerror or error}") from error
         except ModuleNotFoundError as error:
-            raise Failure(
-                f"{error.name} is not installed: pip install 'layercache-flow[diffusers,plot,eval]'"
-            ) from error
+            name = str(error.name).partition(".")[0]
+            raise Failure(f"{name} is not installed: {install([name])}") from error
+        except Exception as error:
+            told = _told_by_others(error)
+            if told is None:
+                raise
+            raise Failure(told) from error
+
+
+def _close_stdout() -> None:
+    """Let what could not be written to stdout go, at which Python would fail again at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told_by_others(error: Exception) -> str | None:
+    """What a library says of a mistake of the user's; None for what may be a fault of ours."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            f"out of memory ({str(error).partition('.')[0]}): use --offload model, a smaller "
+            "--batch-size or a smaller size"
+        )
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    where = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+    if isinstance(error, TypeError | ValueError) and where.startswith("diffusers.pipelines."):
+        return f"the pipeline refuses its arguments ({error}); give what it needs by --call"
+    return None
 
 
 def parse_budget(ctx: click.Context, param: click.Parameter, value: str) -> Budget:
@@ -161,7 +221,9 @@ def read_prompts(
 
 def hand_out(plan: Plan, out: Path, as_json: bool) -> None:
     """Write a plan and show it."""
-    plan.save(out)
+    put(out, plan.to_bytes())
+    if out == STDOUT:
+        return
     if as_json:
         print_json({"file": str(out), "plan": plan.to_dict()})
     else:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation.metrics import psnr
 from layercache.plan import COMPUTED, IDLE, Plan, UnitPlan
 
 if TYPE_CHECKING:
@@ -134,6 +133,8 @@ def pareto(comparison: Comparison) -> bytes:
 
 def image_psnr(comparison: Comparison, row: Row) -> list[float]:
     """PSNR in dB of every image of a row; none where nothing was decoded."""
+    from layercache.evaluation.metrics import psnr
+
     images = comparison.images.get((row.method, row.target_speedup))
     if images is None or not comparison.decoded:
         return []
