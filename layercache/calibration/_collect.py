@@ -7,7 +7,7 @@ it. To price a replaced group in the *guided* output, the pipeline runs again on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from layercache.calibration._jobs import Jobs
 from layercache.calibration._kept import Kept
+from layercache.calibration._pace import Pace, Tick
 from layercache.calibration._profile import image_gain
 from layercache.calibration._propagation import measure_amplification
-from layercache.calibration._record import Performers, Recorder, Run, Tick
+from layercache.calibration._record import Performers, Recorder, Run
 from layercache.calibration._reenact import Reenactment, check_repeats
 from layercache.calibration._residual import ResidualSketches, residual_deltas
 from layercache.calibration._sketch import CountSketch
@@ -102,6 +103,7 @@ def collect(
     primed: bool,
     sketching: Sketching,
     probes: int,
+    pace: Pace,
     tick: Tick,
 ) -> dict[str, Measured]:
     """Measure one batch.
@@ -116,7 +118,8 @@ def collect(
         primed: See `Run.primed`.
         sketching: The sketches.
         probes: How many perturbed runs.
-        tick: Called after every step of the recorded run.
+        pace: How the time of a batch divides.
+        tick: Told of the work that is done, as shares that `pace` says.
 
     Returns:
         What was measured, by component.
@@ -132,7 +135,7 @@ def collect(
             longest = min(sketching.size, run.velocities[0][0].numel())
             new = ResidualSketches(longest, sketching.seed, size)
             residuals.setdefault(component, new).add(performers[component], step)
-        tick()
+        tick(pace.recorded[step])
 
     recorder = Recorder(
         stage, performers, run, size, jobs=jobs, lags_together=lags_together, on_step=on_step
@@ -144,10 +147,14 @@ def collect(
         require_explained(run)
         sketch = CountSketch(run.velocities[0][0].numel(), sketching.size, sketching.seed)
         deltas = {name: _Deltas(run, name, jobs, sketch) for name in performers}
-        _read_deltas(stage, batch, run, others, jobs, list(deltas.values()))
+        _read_deltas(
+            stage, batch, run, others, jobs, list(deltas.values()), lambda: tick(pace.loop)
+        )
         assert images is not None
         gain = image_gain(stage, batch, run, others, images)
-        amplification = measure_amplification(stage, batch, run, others, probes)
+        amplification = measure_amplification(
+            stage, batch, run, others, probes, lambda step: tick(pace.forward[step])
+        )
         tables = {
             name: found.table
             if jobs.mode == "replay"
@@ -196,7 +203,13 @@ def require_explained(run: Run) -> None:
 
 
 def _read_deltas(
-    stage: Stage, batch: Batch, run: Run, others: Others, jobs: Jobs, tables: Sequence[_Deltas]
+    stage: Stage,
+    batch: Batch,
+    run: Run,
+    others: Others,
+    jobs: Jobs,
+    tables: Sequence[_Deltas],
+    read_one: Callable[[], None],
 ) -> None:
     for group, lag in jobs.pairs:
 
@@ -205,6 +218,7 @@ def _read_deltas(
                 table.read(step, velocity, group, lag)
 
         stage.play(batch, Reenactment(run, on_velocity=read, replay=(group, lag)), others)
+        read_one()
 
 
 def _stand_ins(

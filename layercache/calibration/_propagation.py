@@ -11,7 +11,7 @@ interpolated between probes in the logarithm, over sigma. The steps before t are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,12 @@ def probe_steps(sigmas: Sequence[float], count: int = PROBES) -> tuple[int, ...]
 
 
 def measure_amplification(
-    stage: Stage, batch: Batch, run: Run, others: Others, count: int = PROBES
+    stage: Stage,
+    batch: Batch,
+    run: Run,
+    others: Others,
+    count: int = PROBES,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> NDArray[np.float64]:
     """(B, T) amplification of each prompt at each step; all 1 without probes.
 
@@ -52,6 +57,7 @@ def measure_amplification(
         run: Their recorded run.
         others: What the pipeline's other models do at steps that are not computed again.
         count: How many steps are probed.
+        on_step: Called with each step that was computed again.
     """
     sigmas, steps = run.sigmas, run.steps
     probes = probe_steps(sigmas, count)
@@ -59,8 +65,13 @@ def measure_amplification(
         return np.ones((len(batch.ids), steps))
     logs = []
     for probe in probes:
+
+        def told(step: int, velocity: Tensor, first: int = probe + 1) -> None:
+            if step >= first:
+                on_step(step)
+
         made = (sigmas[probe + 1] - sigmas[probe]) * (run.velocity(probe - 1) - run.velocity(probe))
-        director = Reenactment(run, changed={probe: made}, known=probe + 1)
+        director = Reenactment(run, changed={probe: made}, known=probe + 1, on_velocity=told)
         stage.play(batch, director, others)
         assert director.final is not None
         logs.append(np.log(_growth((director.final - run.final).float() * run.mask, made)))

@@ -13,8 +13,8 @@ from layercache.calibration._collect import Measured, Sketching, collect
 from layercache.calibration._estimate import CalibrationEstimate, estimate_run
 from layercache.calibration._jobs import Jobs
 from layercache.calibration._options import Options
+from layercache.calibration._pace import Tick
 from layercache.calibration._parts import LATENT_SHAPE
-from layercache.calibration._record import Tick
 from layercache.calibration._replay import ReplayableTransformer
 from layercache.calibration._stage import Stage
 from layercache.calibration._trial import try_out
@@ -129,6 +129,7 @@ class Session:
                 primed=primed,
                 sketching=Sketching(self.options.sketch_size, self.options.seed),
                 probes=self.options.perturbed_runs,
+                pace=plan.pace,
                 tick=tick,
             )
         return {name: self._stats(batch, name, found) for name, found in measured.items()}

@@ -120,7 +120,7 @@ def compare(
     flat = [(target, method) for target, group in methods.items() for method in group]
     entrants: list[Method] = [Uncached(), *(method for _, method in flat)]
     total = len(entrants) * len(batches) * repeats
-    with tqdm(total=total, unit="run", desc="compare", disable=not progress) as bar:
+    with tqdm(total=total, unit="run", desc="compare", disable=None if progress else True) as bar:
         timings = time_interleaved(
             pipe, batches, entrants, repeats=repeats, warm_up=warm_up, tick=bar.update
         )
