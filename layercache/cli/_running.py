@@ -116,6 +116,8 @@ def evaluate(
         )
         if gate is not None and value < gate
     ]
+    if min_speedup is not None and row.timing_doubt:
+        failures.append(f"measured speedup is unclear: {row.timing_doubt}")
     if as_json:
         print_json(comparison.to_dict() | {"gate_failures": failures})
     else:
