@@ -27,6 +27,7 @@ REFERENCE = "reference"
 PATH = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE_OR_FOLDER = click.Path(path_type=Path)
+_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -47,6 +48,20 @@ class GateFailed(Failure):
     """A measured figure is below its gate."""
 
     exit_code = 4
+
+
+class WrongUsage(Failure):
+    """The command line asks for what there is not: one line that says so, and one where to look."""
+
+    exit_code = 2
+
+    def __init__(self, error: click.UsageError, path: str) -> None:
+        super().__init__(error.format_message())
+        self.path = error.ctx.command_path if error.ctx else path
+
+    def format_message(self) -> str:
+        """Both lines."""
+        return f"{self.message}\nTry '{self.path} --help' for help."
 
 
 class Interrupted(Failure):
@@ -81,10 +96,21 @@ class Commands(click.Group):
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read what stands before the command."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise WrongUsage(error, "layercache") from error
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise WrongUsage(error, ctx.command_path) from error
         except ModelMismatchError as error:
             raise Mismatch(str(error)) from error
         except LayerCacheError as error:
@@ -122,6 +148,8 @@ def _told_by_others(error: Exception) -> str | None:
             f"out of memory ({str(error).partition('.')[0]}): use --offload model, a smaller "
             "--batch-size or a smaller size"
         )
+    if type(error).__module__.partition(".")[0] in _NETWORK:
+        return f"the network cannot be reached ({error}): check it, or name a folder on this disk"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     where = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
     if isinstance(error, TypeError | ValueError) and where.startswith("diffusers.pipelines."):

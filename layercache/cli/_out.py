@@ -24,6 +24,8 @@ class OutFile(click.Path):
         """The path; `STDOUT` for `-`."""
         if str(value) == "-":
             return STDOUT
+        if not str(value):
+            self.fail("a file needs a name", param, ctx)
         try:
             require_writable(value)
         except (OSError, ValueError) as error:
