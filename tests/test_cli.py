@@ -118,6 +118,16 @@ def test_calibrate_states_time_and_memory_first_and_tidies_up(
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
 
+def test_statistics_go_to_stdout_alone(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = calibrate(weights, Path("-"), "--count", 1, "--mode", "residual")
+    Path("read.npz").write_bytes(result.stdout_bytes)
+    assert CalibrationStats.load("read.npz").num_prompts == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["read.npz"]
+
+
 def test_shards_are_merged_from_their_folder(weights: Path, tmp_path: Path) -> None:
     out, parts = tmp_path / "s.npz", tmp_path / "s.npz.parts"
     for index in range(2):

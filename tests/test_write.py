@@ -225,10 +225,11 @@ def commands(stats_file: Path, plan_file: Path) -> dict[str, list[str]]:
         "merge": ["merge", str(stats_file)],
         "compile": ["compile", str(stats_file), "--budget", "0.8"],
         "bundle": ["bundle", str(plan_file)],
+        "explore": ["explore", str(stats_file)],
     }
 
 
-@pytest.mark.parametrize("name", ["merge", "compile", "bundle"])
+@pytest.mark.parametrize("name", ["merge", "compile", "bundle", "explore"])
 def test_a_dash_is_stdout_and_nothing_else_goes_there(
     name: str, stats_file: Path, plan_file: Path, tmp_path: Path
 ) -> None:
