@@ -229,7 +229,8 @@ class Plan(JsonFile):
         return [
             f"{name} is {self.setting[name]!r} in the plan and {value!r} here"
             for name, value in (setting or {}).items()
-            if name in self.setting and self.setting[name] != value
+            # What matters of the call stands beside it, by name.
+            if name != "call" and name in self.setting and self.setting[name] != value
         ]
 
     def cache_bytes(

@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "_json", "stats", "options", "plan", "plan_set", "compile", "prediction",
-        "models", "calibration", "evaluation", "reference", "refine",
+        "models", "calibration", "runtime", "evaluation", "reference", "refine",
     },
     "__main__": {"cli"},
     "__init__": {"_version", "errors", "stats", "plan", "plan_set", "options", "compile"},

@@ -8,24 +8,23 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a plan or statistics belong t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
+from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
     FILE_OR_FOLDER,
     FOLDER,
     PATH,
     Commands,
+    Failure,
     expand_folders,
     hand_out,
     json_option,
-    load_pipe,
     log,
     parse_budget,
     parse_shard,
     parse_size,
-    pipe_options,
     print_json,
     progress,
     read_prompts,
@@ -33,6 +32,7 @@ from layercache.cli._options import (
 )
 from layercache.cli._running import evaluate, refine
 from layercache.cli._sharing import bundle, explore, push
+from layercache.errors import LayerCacheError
 from layercache.options import PREDICTORS, SOLVERS, whole
 from layercache.plan import Budget, Plan
 from layercache.prediction import paying
@@ -67,7 +67,7 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@pipe_options
+@model_options()
 @click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
 @click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
 @click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True)
@@ -98,11 +98,7 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 @click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
 @json_option
 def calibrate(
-    pipe_name: str,
-    weights: Path | None,
-    device: str | None,
-    dtype: str,
-    call_kwargs: dict[str, Any],
+    model: Model,
     prompt_file: Path | None,
     count: int | None,
     steps: int,
@@ -127,9 +123,9 @@ def calibrate(
     from layercache.calibration import calibrate as run
     from layercache.calibration.sharding import is_main_process, local_device
 
-    prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
-    place = device or local_device()
-    pipe, arguments = load_pipe(pipe_name, weights, place, dtype, call_kwargs)
+    prompts = read_prompts(prompt_file, model.name, "calibration", count or 8, limit=count)
+    pipe = model.load(local_device())
+    arguments = model.arguments(pipe)
     folder = parts or out.with_name(f"{out.name}.parts")
     main_process = is_main_process()
     stats = run(
@@ -257,29 +253,31 @@ def inspect(file: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("plan_file", type=PATH)
 @click.option("--stats", "stats_file", type=PATH, help="Check against statistics instead.")
-@pipe_options
+@model_options()
 @json_option
-def check(
-    plan_file: Path,
-    stats_file: Path | None,
-    pipe_name: str,
-    weights: Path | None,
-    device: str | None,
-    dtype: str,
-    call_kwargs: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """Say whether a plan fits a model; exit code 3 where it does not."""
+def check(plan_file: Path, stats_file: Path | None, model: Model, as_json: bool) -> None:
+    """Say whether a plan fits a model and the run that it is for; exit code 3 where it does not.
+
+    A run is begun with the plan's own call, and --call over it, and stopped before it computes.
+    """
     plan = Plan.load(plan_file)
     if stats_file is not None:
         stats = CalibrationStats.load(stats_file)
         warnings = plan.check(stats.model, stats.setting)
     else:
-        from layercache.models.fingerprint import model_fingerprint, setting_of
+        from layercache.runtime import check_run
 
-        pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
-        arguments = {"num_inference_steps": plan.num_steps} | arguments
-        warnings = plan.check(model_fingerprint(pipe.transformer), setting_of(pipe, arguments))
+        pipe = model.load()
+        arguments = {"prompt": ""} | model.arguments(pipe, plan)
+        try:
+            warnings = check_run(pipe, plan, arguments)
+        except LayerCacheError:
+            raise
+        except (TypeError, ValueError) as error:
+            # Such as an image, which no plan can hold.
+            raise Failure(
+                f"{type(pipe).__name__} could not be called ({error}): give what it needs by --call"
+            ) from error
     if as_json:
         print_json({"fits": True, "warnings": warnings})
         return

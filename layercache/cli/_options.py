@@ -137,72 +137,12 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def pipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name a pipeline and how it is called."""
-    for option in reversed(
-        (
-            click.option(
-                "--pipe",
-                "pipe_name",
-                default=REFERENCE,
-                show_default=True,
-                help="A diffusers model id or local folder, or the shipped reference model.",
-            ),
-            click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights."),
-            click.option("--device", help="Such as cuda; the default is where the model loads."),
-            click.option(
-                "--dtype",
-                type=click.Choice(["float32", "bfloat16", "float16"]),
-                default="float32",
-                show_default=True,
-            ),
-            click.option(
-                "--call",
-                "call_kwargs",
-                callback=parse_json_object,
-                default="{}",
-                help="Pipeline arguments as a JSON object, such as '{\"height\": 512}'.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def load_pipe(
-    name: str, weights: Path | None, device: str | None, dtype: str, call_kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and the arguments that it is called with."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    if name == REFERENCE:
-        from layercache.reference import call_arguments, load_pipeline
-
-        pipe = load_pipeline(weights, dtype=kind) if weights else load_pipeline(dtype=kind)
-        arguments = call_arguments() | call_kwargs
-        for decided_elsewhere in {"generator", "num_inference_steps"} - set(call_kwargs):
-            arguments.pop(decided_elsewhere)
-    else:
-        from diffusers import DiffusionPipeline
-
-        try:
-            pipe = DiffusionPipeline.from_pretrained(name, dtype=kind)
-        except (OSError, ValueError) as error:
-            raise LayerCacheError(
-                f"cannot load the pipeline {name!r} ({error}); give a diffusers model id, a local "
-                f"folder, or {REFERENCE!r}"
-            ) from error
-        arguments = dict(call_kwargs)
-    return (pipe.to(device) if device else pipe), arguments
-
-
 def read_prompts(
-    file: Path | None, pipe_name: str, split: Any, default_count: int, limit: int | None
+    file: Path | None, model: str, split: Any, default_count: int, limit: int | None
 ) -> list[str]:
     """The prompts of a file, or those of a split for the reference model."""
     if file is None:
-        if pipe_name != REFERENCE:
+        if model != REFERENCE:
             raise click.UsageError("--prompts is needed for every model but the reference one")
         from layercache.reference import prompts
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
+from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
     FOLDER,
     PATH,
     GateFailed,
     hand_out,
     json_option,
-    load_pipe,
     log,
-    pipe_options,
     print_json,
     progress,
     read_prompts,
@@ -29,7 +27,7 @@ from layercache.stats import CalibrationStats
 @click.option(
     "--stats", "stats_file", type=PATH, required=True, help="What the plan was compiled from."
 )
-@pipe_options
+@model_options()
 @click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
 @click.option("--count", type=click.IntRange(min=2), help="Use only the first prompts.")
 @click.option("--seed", default=0, show_default=True)
@@ -38,11 +36,7 @@ from layercache.stats import CalibrationStats
 def refine(
     plan_file: Path,
     stats_file: Path,
-    pipe_name: str,
-    weights: Path | None,
-    device: str | None,
-    dtype: str,
-    call_kwargs: dict[str, Any],
+    model: Model,
     prompt_file: Path | None,
     count: int | None,
     seed: int,
@@ -52,11 +46,13 @@ def refine(
     """Fit a plan's coefficients again while it runs; can pay at 4x and above."""
     from layercache.refine import refine_plan
 
-    prompts = read_prompts(prompt_file, pipe_name, "calibration", count or 8, limit=count)
-    pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
+    prompts = read_prompts(prompt_file, model.name, "calibration", count or 8, limit=count)
+    plan = Plan.load(plan_file)
+    pipe = model.load()
+    arguments = model.arguments(pipe, plan)
     plan = refine_plan(
         pipe,
-        Plan.load(plan_file),
+        plan,
         CalibrationStats.load(stats_file),
         prompts,
         seed=seed,
@@ -68,7 +64,7 @@ def refine(
 
 @click.command("eval")
 @click.argument("plan_file", type=PATH)
-@pipe_options
+@model_options()
 @click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
 @click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
 @click.option("--seed", default=2, show_default=True)
@@ -80,11 +76,7 @@ def refine(
 @json_option
 def evaluate(
     plan_file: Path,
-    pipe_name: str,
-    weights: Path | None,
-    device: str | None,
-    dtype: str,
-    call_kwargs: dict[str, Any],
+    model: Model,
     prompt_file: Path | None,
     count: int | None,
     seed: int,
@@ -99,8 +91,9 @@ def evaluate(
     from layercache.evaluation.evaluate import evaluate_plan
 
     plan = Plan.load(plan_file)
-    prompts = read_prompts(prompt_file, pipe_name, "held-out", count or 16, limit=count)
-    pipe, arguments = load_pipe(pipe_name, weights, device, dtype, call_kwargs)
+    prompts = read_prompts(prompt_file, model.name, "held-out", count or 16, limit=count)
+    pipe = model.load()
+    arguments = model.arguments(pipe, plan)
     comparison = evaluate_plan(
         pipe,
         plan,

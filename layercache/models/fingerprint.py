@@ -60,7 +60,8 @@ def setting_of(
         JSON values: the classes of pipeline and scheduler, the scheduler's shift, the model's
         repository and commit, dtype, quantisation and active LoRA adapters, a modular pipeline's
         guider, and the call's step count, size and guidance scales, with the pipeline's own
-        defaults where the call is silent. What is not known is left out.
+        defaults where the call is silent. What is not known is left out. `call` holds the arguments
+        that JSON can, so that a plan can be tried as it was calibrated.
     """
     scheduler = pipe.scheduler
     transformer = unwrap(getattr(pipe, component))
@@ -91,8 +92,18 @@ def setting_of(
             value = call_kwargs.get(key, defaults.get(key))
             if value is not None:
                 found[key] = value
+        found["call"] = {k: v for k, v in call_kwargs.items() if _kept(k, v)}
     result: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return result
+
+
+def _kept(name: str, value: Any) -> bool:
+    """Whether an argument of a call goes into a plan: plain, short and not decided elsewhere."""
+    if name in ("prompt", "generator", "num_inference_steps", "output_type", "return_dict"):
+        return False
+    if isinstance(value, list | tuple):
+        return len(value) <= 64 and all(_kept(name, item) for item in value)
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 1000)
 
 
 def _checkpoint(pipe: Any, transformer: nn.Module) -> dict[str, str]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from layercache.runtime._apply import apply_plan
     from layercache.runtime._checking import check_adapter
     from layercache.runtime._compiling import compile_blocks
+    from layercache.runtime._fits import check_run
     from layercache.runtime._report import RunReport, UnitReport
     from layercache.runtime._run import PlanRun
     from layercache.runtime._scheduler import LayerCacheScheduler
@@ -25,6 +26,7 @@ __all__ = [
     "UnitReport",
     "apply_plan",
     "check_adapter",
+    "check_run",
     "compile_blocks",
 ]
 
@@ -36,6 +38,7 @@ _HOMES = {
     "UnitReport": "_report",
     "apply_plan": "_apply",
     "check_adapter": "_checking",
+    "check_run": "_fits",
     "compile_blocks": "_compiling",
 }
 
