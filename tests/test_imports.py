@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "stats", "options", "costs", "plan", "_fit_rows", "solver", "prediction",
         "verify",
     },
+    "retarget": {"errors", "stats"},
     "choices": {"errors", "stats", "options", "plan", "compile"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
@@ -53,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "_json", "stats", "options", "plan", "plan_set", "compile", "prediction",
-        "models", "calibration", "runtime", "evaluation", "reference", "refine",
+        "retarget", "models", "calibration", "runtime", "evaluation", "reference", "refine",
     },
     "__main__": {"cli"},
     "__init__": {"_version", "errors", "stats", "plan", "plan_set", "options", "compile"},
@@ -62,7 +63,7 @@ TORCH_FREE = (
     "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub", "_version",
     "_card", "_json_file",
     "plan", "plan_set", "solver", "prediction",
-    "verify", "_fit_rows", "compile", "choices", "cli", "__init__",
+    "verify", "_fit_rows", "compile", "choices", "retarget", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

@@ -14,7 +14,7 @@ import click
 
 from layercache._json import parse
 from layercache.errors import LayerCacheError, ModelMismatchError
-from layercache.plan import Budget, Plan
+from layercache.plan import Plan
 
 REFERENCE = "reference"
 PATH = click.Path(path_type=Path, dir_okay=False)
@@ -67,14 +67,6 @@ class Commands(click.Group):
             raise Failure(
                 f"{error.name} is not installed: pip install 'layercache-flow[diffusers,plot,eval]'"
             ) from error
-
-
-def parse_budget(ctx: click.Context, param: click.Parameter, value: str) -> Budget:
-    """Option callback: `1.37x` or `0.73`."""
-    try:
-        return Budget.parse(value)
-    except LayerCacheError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
 
 
 def parse_shard(
