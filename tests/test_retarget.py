@@ -14,6 +14,7 @@ from layercache import CalibrationStats, compile_plan
 from layercache.calibration import calibrate
 from layercache.errors import StatsError
 from layercache.models.fingerprint import _SCHEDULER_KEYS
+from layercache.models.pipelines import run_pipeline
 from layercache.retarget import TOLERANCE, resized, sigmas_for
 from layercache.runtime import apply_plan
 from tests.pipelines.table import ENTRIES
@@ -151,7 +152,7 @@ def test_a_plan_for_other_steps_and_size_runs_on_the_pipeline(pipeline: str) -> 
     assert plan.num_steps == 6
     call = {**call, **entry.prompt(5), "width": size[0], "num_inference_steps": 6}
     with apply_plan(pipe, plan) as run:
-        pipe(**call)
+        run_pipeline(pipe, call)
     report = run.report()
     assert report.warnings == ()
     assert all(unit.as_planned for unit in report.units)
