@@ -264,7 +264,8 @@ class Plan(JsonFile):
             lines.append(f"  {unit.name:<{width}}  {unit.cells}  {computed} computed{taps}")
         psnr = "unknown"
         if p.psnr_db is not None and p.psnr_worst_db is not None:
-            psnr = f"{p.psnr_db:.1f} dB (worst prompt {p.psnr_worst_db:.1f})"
+            median = "" if p.psnr_median_db is None else f"median {p.psnr_median_db:.1f}, "
+            psnr = f"{p.psnr_db:.1f} dB ({median}worst prompt {p.psnr_worst_db:.1f})"
         lines += [
             "  # computed   0 skipped or reused   1-9, a-z predicted with span K   . idle",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
