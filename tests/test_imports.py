@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "stats", "options", "costs", "plan", "_fit_rows", "solver", "prediction",
         "verify",
     },
+    "retarget": {"errors", "stats"},
     "choices": {"errors", "stats", "options", "plan", "compile"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
@@ -54,7 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         "errors", "_json", "_write", "stats", "options", "plan", "plan_set", "compile",
-        "prediction", "models", "calibration", "runtime", "evaluation", "reference", "refine",
+        "prediction", "retarget", "models", "calibration", "runtime", "evaluation", "reference",
+        "refine",
     },
     "__main__": {"cli"},
     "__init__": {"_version", "errors", "stats", "plan", "plan_set", "options", "compile"},
@@ -63,7 +65,7 @@ TORCH_FREE = (
     "errors", "_json", "_write", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub",
     "_version", "_card", "_json_file",
     "plan", "plan_set", "solver", "prediction",
-    "verify", "_fit_rows", "compile", "choices", "cli", "__init__",
+    "verify", "_fit_rows", "compile", "choices", "retarget", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from layercache.calibration._sketch import CountSketch
 from layercache.calibration._stage import Others, Stage
 from layercache.calibration.prompts import Batch
 from layercache.errors import StatsError
+from layercache.models.calling import call_setting
 
 _LEAST_EXPLAINED = 0.5
 """Share of the latents' squared movement that the velocities have to explain. Euler's method leaves
@@ -51,6 +53,7 @@ class Measured:
     output_bytes: int
     numel: int
     latent_shape: tuple[int, ...]
+    pixels: tuple[int, int] | None
     branches: int
 
 
@@ -127,8 +130,10 @@ def collect(
     size = len(batch.ids)
     run = Run(Kept(kept_bytes), primed=primed)
     residuals: dict[str, ResidualSketches] = {}
+    call: dict[str, Any] = {}
 
     def on_step(step: int) -> None:
+        call.update({} if step else call_setting(stage.pipe))
         component = run.calls[step].component
         if jobs.mode == "residual" and component in performers:
             # As long as the sketches of the velocities.
@@ -180,6 +185,7 @@ def collect(
             output_bytes=max(s.output_bytes for s in run.calls if s.component == name) // size,
             numel=sketch.numel,
             latent_shape=tuple(run.velocities[0].shape[1:]),
+            pixels=(call["width"], call["height"]) if {"width", "height"} <= set(call) else None,
             branches=max(len(s.shapes) for s in run.calls if s.component == name),
         )
         for name in performers

@@ -14,7 +14,7 @@ from layercache.calibration._estimate import CalibrationEstimate, estimate_run
 from layercache.calibration._jobs import Jobs
 from layercache.calibration._options import Options
 from layercache.calibration._pace import Tick
-from layercache.calibration._parts import LATENT_SHAPE
+from layercache.calibration._parts import LATENT_SHAPE, PIXELS
 from layercache.calibration._replay import ReplayableTransformer
 from layercache.calibration._stage import Stage
 from layercache.calibration._trial import try_out
@@ -153,6 +153,8 @@ class Session:
     def _stats(self, batch: Batch, component: str, measured: Measured) -> CalibrationStats:
         order = sorted(range(len(batch.ids)), key=batch.ids.__getitem__)
         setting = {**self.settings[component], LATENT_SHAPE: list(measured.latent_shape)}
+        if measured.pixels is not None:
+            setting[PIXELS] = list(measured.pixels)
         return CalibrationStats(
             sigmas=np.array(measured.sigmas),
             loads=measured.loads,

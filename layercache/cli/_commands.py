@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from layercache.cli._compiling import compile_command
 from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
     FILE_OR_FOLDER,
@@ -19,10 +20,8 @@ from layercache.cli._options import (
     Commands,
     Failure,
     expand_folders,
-    hand_out,
     json_option,
     log,
-    parse_budget,
     parse_shard,
     parse_size,
     print_json,
@@ -34,8 +33,7 @@ from layercache.cli._out import OUT_FILE, OUT_FOLDER, STDOUT, put
 from layercache.cli._running import evaluate, refine
 from layercache.cli._sharing import bundle, explore, push
 from layercache.errors import LayerCacheError
-from layercache.options import PREDICTORS, SOLVERS, whole
-from layercache.plan import Budget, Plan
+from layercache.plan import Plan
 from layercache.prediction import paying
 from layercache.stats import CalibrationStats, merge_all
 
@@ -46,7 +44,7 @@ def main() -> None:
     """Calibrate a flow-matching model once, compile a caching plan for any budget, and run it."""
 
 
-for _command in (refine, evaluate, explore, bundle, push):
+for _command in (compile_command, refine, evaluate, explore, bundle, push):
     main.add_command(_command)
 
 
@@ -172,69 +170,6 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     stats = merge_all([CalibrationStats.load(file) for file in expand_folders(files)])
     put(out, stats.to_bytes())
     _print_stats(stats, as_json, out)
-
-
-@main.command("compile")
-@click.argument("stats_file", type=PATH)
-@click.option(
-    "--budget",
-    callback=parse_budget,
-    required=True,
-    help='A speedup such as "1.37x", or a share of the compute such as 0.73.',
-)
-@click.option("--solver", type=click.Choice(SOLVERS), default="search", show_default=True)
-@click.option(
-    "--units",
-    default="step,groups",
-    show_default=True,
-    help="What may be cached: step, groups, or both with a comma.",
-)
-@click.option("--predictor", type=click.Choice(PREDICTORS), default="fitted", show_default=True)
-@click.option("--max-cache-bytes", type=click.IntRange(min=0), help="Limit for one image.")
-@click.option("--max-gap", type=click.IntRange(min=0), help="Most steps from a cached cell back.")
-@click.option("--forced", default="", help="Steps that are computed, with commas.")
-@click.option("--sigmas", default="", help="T+1 noise levels to compile for, with commas.")
-@click.option("--out", type=OUT_FILE, default=Path("plan.json"), show_default=True)
-@json_option
-def compile_command(
-    stats_file: Path,
-    budget: Budget,
-    solver: str,
-    units: str,
-    predictor: str,
-    max_cache_bytes: int | None,
-    max_gap: int | None,
-    forced: str,
-    sigmas: str,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Compile a plan for a budget from a statistics file. Needs no torch and no GPU."""
-    from layercache.compile import compile_plan
-
-    plan = compile_plan(
-        CalibrationStats.load(stats_file),
-        budget,
-        solver=solver,
-        units=_listed(units),
-        predictor=predictor,
-        max_cache_bytes=max_cache_bytes,
-        max_gap=max_gap,
-        forced=tuple(whole("a forced step", step) for step in _numbers("--forced", forced)),
-        sigmas=_numbers("--sigmas", sigmas) or None,
-    )
-    hand_out(plan, out, as_json)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in _listed(text))
-    except ValueError as error:
-        raise click.UsageError(f"{option} is {text!r}, which is no list of numbers") from error
 
 
 @main.command()

@@ -21,7 +21,7 @@ from layercache._json import parse
 from layercache.cli._needs import install, require
 from layercache.cli._out import STDOUT, put
 from layercache.errors import LayerCacheError, ModelMismatchError
-from layercache.plan import Budget, Plan
+from layercache.plan import Plan
 
 REFERENCE = "reference"
 PATH = click.Path(path_type=Path, dir_okay=False)
@@ -155,14 +155,6 @@ def _told_by_others(error: Exception) -> str | None:
     if isinstance(error, TypeError | ValueError) and where.startswith("diffusers.pipelines."):
         return f"the pipeline refuses its arguments ({error}); give what it needs by --call"
     return None
-
-
-def parse_budget(ctx: click.Context, param: click.Parameter, value: str) -> Budget:
-    """Option callback: `1.37x` or `0.73`."""
-    try:
-        return Budget.parse(value)
-    except LayerCacheError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
 
 
 def parse_shard(
