@@ -26,13 +26,13 @@ import torch
 from tqdm import tqdm
 
 from layercache import Budget, CalibrationStats, compile_plan
+from layercache._write import write_file
 from layercache.calibration import calibrate
 from layercache.calibration.prompts import Batch, batches, prompt_id
 from layercache.evaluation.metrics import fidelity
 from layercache.models.pipelines import run_pipeline
 from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.runtime import apply_plan
-from layercache.stats import write_atomically
 
 SHARES = (0.73, 0.5, 0.33)
 UNITS = (("groups",), ("step", "groups"))
@@ -225,7 +225,7 @@ def main() -> None:
         if "prompts" in chosen.only:
             figures["prompts"] = by_count(bench, counts, held_out)
             if chosen.picture is not None:
-                write_atomically(chosen.picture, picture(figures["prompts"]))
+                write_file(chosen.picture, picture(figures["prompts"]))
     print(json.dumps(figures) if chosen.json else report(figures))
 
 

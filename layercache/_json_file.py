@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from layercache import _hub
 from layercache._json import parse, require_plain
 from layercache._plan_rows import Frozen
+from layercache._write import write_file
 from layercache.errors import PlanError
-from layercache.stats import write_atomically
 
 
 class JsonFile(Frozen):
@@ -65,8 +65,8 @@ class JsonFile(Frozen):
         return (_one_line_arrays(text) + "\n").encode()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file atomically."""
-        write_atomically(path, self.to_bytes())
+        """Write the file: a reader sees the old one or the whole new one, and links stay."""
+        write_file(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from layercache import costs
 from layercache._plan_rows import Frozen
 from layercache.errors import PlanError
-from layercache.stats import CalibrationStats
+from layercache.stats import CalibrationStats, FloatArray
 
 
 class ModelFingerprint(Frozen):
@@ -20,32 +24,64 @@ class ModelFingerprint(Frozen):
     architecture: str
 
 
+_MEDIAN = 0.5
+_NO_ERROR = 1000.0
+"""Decibels in place of infinitely many, which have no quantiles."""
+_QUALITY = re.compile(r"(\S+?) ?db(?:@(\S+))?")
+
+
 class Budget(Frozen):
-    """What a plan may spend: a share of the transformer's compute, or the speedup to reach.
+    """What a plan may spend: a share of the compute, the speedup to reach, or the quality to keep.
 
     Args:
         fraction: Share of full transformer compute, in (0, 1].
         speedup: Least predicted speedup of the whole generation, at least 1.
+        psnr_db: Least PSNR in dB to the uncached image that is to be foretold, above 0 and at most
+            150 (beyond it decibels are rounding).
+        quantile: At which quantile over calibration prompts `psnr_db` is to be foretold, from 0
+            (the worst prompt) to 1: 0.1 lets a tenth of them be worse. Default with `psnr_db`:
+            0.5, the median.
 
-    Exactly one is given. `Budget.parse` also reads `"1.37x"` and `0.73`.
+    Exactly one of the first three is given. `Budget.parse` also reads `"1.37x"`, `0.73` and
+    `"40dB"`.
 
     Example:
         >>> Budget.parse("2x")
-        Budget(fraction=None, speedup=2.0)
+        Budget(speedup=2.0)
+        >>> Budget.parse("40dB@10%")
+        Budget(psnr_db=40.0, quantile=0.1)
     """
 
     fraction: float | None = Field(default=None, gt=0, le=1)
     speedup: float | None = Field(default=None, ge=1)
+    psnr_db: float | None = Field(default=None, gt=0, le=150)
+    quantile: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _median(cls, data: Any) -> Any:
+        """With the quantile that `psnr_db` alone means."""
+        if isinstance(data, dict) and data.get("psnr_db") is not None:
+            return data | {
+                "quantile": _MEDIAN if data.get("quantile") is None else data["quantile"]
+            }
+        return data
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
-        if (self.fraction is None) == (self.speedup is None):
-            raise ValueError("give exactly one of fraction and speedup")
+        given = [self.fraction, self.speedup, self.psnr_db]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give exactly one of fraction, speedup and psnr_db")
+        if self.psnr_db is None and self.quantile is not None:
+            raise ValueError("quantile goes with psnr_db")
         return self
 
     @classmethod
     def parse(cls, value: Budget | float | str) -> Budget:
-        """Read `Budget(...)`, a share such as 0.73, or a speedup such as "1.37x".
+        """Read `Budget(...)` or one of the short forms, as numbers or as text.
+
+        A share is `0.73` or `"73%"`, a speedup `"1.37x"` or any number above 1, and a quality
+        `"40dB"` in the median or `"40dB@10%"` for all but a tenth of the prompts. 1 is everything.
 
         Raises:
             PlanError: The value is none of these.
@@ -54,23 +90,62 @@ class Budget(Frozen):
             return value
         text = str(value).strip().lower()
         try:
+            quality = _QUALITY.fullmatch(text)
+            if quality is not None:
+                return cls(
+                    psnr_db=float(quality[1]),
+                    quantile=_share(quality[2]) if quality[2] else _MEDIAN,
+                )
             if text.endswith("x"):
                 return cls(speedup=float(text[:-1]))
-            return cls(fraction=float(text))
+            share = _share(text)
+            # More than everything is no share, unless somebody wrote it as one.
+            return cls(speedup=share) if share > 1 and "%" not in text else cls(fraction=share)
         except ValueError as error:
             raise PlanError(
-                f"budget {value!r} cannot be read: give a share in (0, 1] such as 0.73, "
-                'a speedup of at least 1 such as "1.37x", or a Budget'
+                f"budget {value!r} cannot be read: give a share in (0, 1] such as 0.73 or 73%, a "
+                "speedup of at least 1 such as 1.37x, a quality such as 40dB or 40dB@10%, or a "
+                "Budget"
             ) from error
 
+    @property
+    def text(self) -> str:
+        """The short form, which `parse` reads."""
+        if self.speedup is not None:
+            return f"{self.speedup:.15g}x"
+        if self.psnr_db is None:
+            return f"{self.fraction:.15g}"
+        at = "" if self.quantile == _MEDIAN else f"@{100 * (self.quantile or 0):.15g}%"
+        return f"{self.psnr_db:.15g}dB{at}"
+
     def limit_ms(self, stats: CalibrationStats) -> float:
-        """Milliseconds that the transformer may take for all steps."""
+        """Milliseconds that the transformer may take for all steps; no limit for a quality."""
+        if self.psnr_db is not None:
+            return math.inf
         return costs.budget_ms(stats, fraction=self.fraction, speedup=self.speedup)
+
+    def kept_by(self, psnr: FloatArray) -> bool:
+        """Whether (P,) PSNR in dB, of one image a prompt, keep `psnr_db` at the quantile."""
+        reached = np.quantile(np.minimum(psnr, _NO_ERROR), self.quantile or 0.0)
+        return self.psnr_db is None or bool(reached >= self.psnr_db)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [pair for pair in super().__repr_args__() if pair[1] is not None]
 
     def __str__(self) -> str:
         if self.speedup is not None:
             return f"{self.speedup:g}x"
-        return f"{self.fraction:.3f} of the compute"
+        if self.psnr_db is None:
+            return f"{self.fraction:.3f} of the compute"
+        which = "in the median"
+        if self.quantile != _MEDIAN:
+            which = f"for all but {100 * (self.quantile or 0):g} % of the prompts"
+        return f"{self.psnr_db:g} dB {which}"
+
+
+def _share(text: str) -> float:
+    """`0.73` or `73%`."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 class Predicted(Frozen):

@@ -11,9 +11,10 @@ figure of it again from the statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Unpack
 
 import numpy as np
 from pydantic import ValidationError
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from layercache._fit_rows import rows_of
 from layercache.costs import STEP, cache_bytes, cell_ms, full_ms, speedup_of
 from layercache.errors import BudgetError, OptionError, StatsError
-from layercache.options import Options
+from layercache.options import Changes, Options
 from layercache.plan import Budget, Certificate, Plan
 from layercache.prediction import (
     DEPTH,
@@ -50,34 +51,22 @@ what is foretold best is taken: a larger budget is then never foretold worse."""
 def compile_plan(
     stats: CalibrationStats,
     budget: Budget | float | str,
+    options: Options | None = None,
     *,
-    solver: str = "search",
-    units: Sequence[str] = ("step", "groups"),
-    predictor: str = "fitted",
-    max_cache_bytes: int | None = None,
-    max_gap: int | None = None,
-    forced: Sequence[int] = (),
-    sigmas: Sequence[float] | None = None,
     progress: Progress | None = None,
+    **changes: Unpack[Changes],
 ) -> Plan:
     """The plan that keeps the most quality within a budget. Needs no GPU and no torch.
 
     Args:
         stats: What calibration measured.
-        budget: `Budget(speedup=1.37)`, `Budget(fraction=0.73)`, `"1.37x"` or `0.73`. A fraction is
-            a share of the transformer's measured time; a speedup is that of the whole generation,
-            with what each step spends outside the transformer.
-        solver: `"search"` makes the predicted error small; `"dp"` the sum of separable prices, with
-            a proven bound; `"greedy"` is the published allocator; `"milp"` the slow reference.
-        units: What may be cached: whole steps (`"step"`), groups of blocks (`"groups"`), or both.
-        predictor: `"fitted"` taps; `"published"`, the one tap that the noise levels give; `"reuse"`
-            of the last computed value.
-        max_cache_bytes: Limit on stored tensors for one image.
-        max_gap: Most steps between a cached cell and its anchor.
-        forced: Steps at which everything is computed, besides the first.
-        sigmas: Compile for this schedule of T+1 noise levels (another number of steps, another
-            shift) by interpolating the statistics; the plan's provenance says so.
+        budget: `Budget(speedup=1.37)`, `Budget(fraction=0.73)`, `Budget(psnr_db=40)`, or a short
+            form: `"1.37x"`, `0.73`, `"40dB"`, `"40dB@10%"`. A fraction is a share of the
+            transformer's measured time; a speedup that of the whole generation, with what each step
+            spends outside the transformer; a quality that of the fastest plan foretold to keep it.
+        options: How it is compiled.
         progress: Called with how many of how many levels are searched.
+        changes: Fields of `options`, by name: `solver="dp"`, `units="step"`, `max_gap=4`.
 
     Raises:
         BudgetError: The budget cannot be met; the message gives the tightest one that can.
@@ -94,15 +83,7 @@ def compile_plan(
     The published method (arXiv 2604.16492) is `solver="greedy", units=("groups",),
     predictor="published"`.
     """
-    options = Options(
-        solver=solver,
-        units=units,
-        predictor=predictor,
-        max_cache_bytes=max_cache_bytes,
-        max_gap=max_gap,
-        forced=forced,
-        sigmas=sigmas,
-    )
+    options = replace(options or Options(), **changes)
     return pareto(stats, [budget], options, progress=progress)[0]
 
 
@@ -162,26 +143,48 @@ class Compiler:
 
     def plan(self, budget: Budget) -> Plan:
         """The plan for one budget, verified."""
-        limit = budget.limit_ms(self.stats)
         try:
-            choices = list(
-                self._searched(limit) if self.options.solver == "search" else self._solved(limit)
-            )
+            quality = budget.psnr_db is not None
+            choice = self._keeping(budget) if quality else self._within(budget.limit_ms(self.stats))
         except InfeasibleBudgetError as error:
             raise self._infeasible(budget, error) from error
-        plans = []
-        for choice in choices:
+        try:
+            plan = self._plan(budget, choice)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise StatsError(
+                f"the statistics make no plan ({place + ': ' if place else ''}{first['msg']}): "
+                "their model or groups are malformed; calibrate again"
+            ) from error
+        verify(self.measured, plan)
+        return plan
+
+    def _within(self, limit_ms: float) -> _Choice:
+        """What is foretold best within a budget."""
+        return (
+            self._searched(limit_ms) if self.options.solver == "search" else self._solved(limit_ms)
+        )
+
+    def _keeping(self, budget: Budget) -> _Choice:
+        """What keeps a quality at the smallest budget at which anything does.
+
+        The search makes its levels from the smallest on, so none above the one that is found is
+        searched. They are not halved, since a quantile, unlike the score, may fall from one to the
+        next. At the last one everything is computed, and nothing is lost.
+        """
+        full, steps = full_ms(self.stats), self.stats.num_steps
+        levels = [full * count / steps for count in range(1, steps + 1)]
+        if self.options.solver == "search" and self._searches:
+            levels = max((search.budgets_ms for _, search in self._searches), key=len)
+        for limit_ms in levels[:-1]:
             try:
-                plans.append(self._plan(budget, choice))
-            except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"]))
-                raise StatsError(
-                    f"the statistics make no plan ({place + ': ' if place else ''}{first['msg']}): "
-                    "their model or groups are malformed; calibrate again"
-                ) from error
-        verify(self.measured, plans[0])
-        return plans[0]
+                choice = self._within(limit_ms)
+            except InfeasibleBudgetError:
+                continue
+            if budget.kept_by(predicted_psnr(self.stats, choice.fit.error)):
+                return choice
+        return self._within(full)
 
     # -- solvers ------------------------------------------------------------------------------
 
@@ -202,7 +205,7 @@ class Compiler:
             max_cache_bytes=options.max_cache_bytes,
         )
 
-    def _solved(self, limit_ms: float) -> Iterator[_Choice]:
+    def _solved(self, limit_ms: float) -> _Choice:
         """The schedule of one solver, with as many taps as the bytes allow."""
         if self.options.solver == "dp":
             solution = self._programme.solve(limit_ms)
@@ -214,11 +217,9 @@ class Compiler:
             lower_bound=solution.lower_bound,
         )
         computed = self._computed(solution)
-        for depth in range(DEPTH, -1, -1):
-            fit = self._model(depth).fit(computed)
-            if depth == 0 or self._fits(fit):
-                yield _Choice(fit, certificate)
-                return
+        fits = (self._fit(depth, computed) for depth in range(DEPTH, -1, -1))
+        fit = next((fit for fit in fits if self._fits(fit)), None) or self._fit(0, computed)
+        return _Choice(fit, certificate)
 
     def _computed(self, solution: ScheduleSolution) -> BoolArray:
         """(T, 1+G) of a solution, which has columns for its units alone."""
@@ -234,7 +235,7 @@ class Compiler:
 
     # -- the search ---------------------------------------------------------------------------
 
-    def _searched(self, limit_ms: float) -> Iterator[_Choice]:
+    def _searched(self, limit_ms: float) -> _Choice:
         """The best schedule of all searches, in full fits."""
         best: _Choice | None = None
         for depth, search in self._searches:
@@ -248,17 +249,14 @@ class Compiler:
                     )
                 if best is None or fit.score < best.fit.score:
                     best = _Choice(fit, certificate)
-        if best is not None:
-            yield best
-            return
         # Between what the programme can meet and the first level there is nothing to search.
-        yield from self._solved_tightly(limit_ms)
+        return best or self._solved_tightly(limit_ms)
 
-    def _solved_tightly(self, limit_ms: float) -> Iterator[_Choice]:
+    def _solved_tightly(self, limit_ms: float) -> _Choice:
         computed = self._computed(self._programme.solve(limit_ms))
-        fit = self._model(0 if self.options.max_cache_bytes is not None else DEPTH).fit(computed)
+        fit = self._fit(0 if self.options.max_cache_bytes is not None else DEPTH, computed)
         certificate = Certificate(solver="search", objective="score", value=fit.score, starts=1)
-        yield _Choice(fit, certificate)
+        return _Choice(fit, certificate)
 
     @cached_property
     def _searches(self) -> list[tuple[int, Search]]:

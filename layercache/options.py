@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from pydantic import ConfigDict
 
@@ -16,22 +16,36 @@ UNITS = ("step", "groups")
 PREDICTORS = ("fitted", "published", "reuse")
 
 
+class Changes(TypedDict, total=False):
+    """The fields of `Options`, as keyword arguments for type checkers."""
+
+    solver: str
+    units: Sequence[str]
+    predictor: str
+    max_cache_bytes: int | None
+    max_gap: int | None
+    forced: Sequence[int]
+    sigmas: Sequence[float] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How plans are compiled; see `compile_plan`.
+    """How plans are compiled, for `compile_plan`, `pareto` and the command line.
 
     Numpy's numbers become Python's, since all options are written into plan files.
 
     Attributes:
-        solver: `"search"` on the predicted error, from the proposals of others; `"dp"`, `"greedy"`
-            or `"milp"` for the schedule of one of them as it is.
+        solver: `"search"` makes the predicted error small; `"dp"` the sum of separable prices, with
+            a proven bound; `"greedy"` is the published allocator; `"milp"` the slow reference.
         units: What may be cached: whole steps (`"step"`), groups of blocks (`"groups"`), or both.
         predictor: `"fitted"` taps; `"published"`, the one tap that the noise levels give; `"reuse"`
             of the last computed value.
         max_cache_bytes: Limit on stored tensors for one image.
         max_gap: Most steps between a cached cell and its anchor.
         forced: Steps at which everything is computed, besides the first.
-        sigmas: T+1 noise levels to compile for, if not those that were calibrated.
+        sigmas: Compile for this schedule of T+1 noise levels (`sigmas_for` gives those of another
+            step count, shift or size) by interpolating the statistics; the plan's provenance says
+            so.
 
     Raises:
         OptionError: An option is unknown or not of its type.

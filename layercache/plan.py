@@ -239,13 +239,22 @@ class Plan(JsonFile):
         """`costs.peak_bytes` of this plan's schedules."""
         return costs.peak_bytes(self.schedules, group_bytes, velocity_bytes, output_bytes)
 
+    def _came_to(self) -> str:
+        """What a quality that was asked for came to."""
+        if self.budget.psnr_db is None:
+            return ""
+        if not any(any(schedule.cached) for schedule in self.schedules.values()):
+            return ": everything is computed, since no caching is foretold to keep it"
+        return f": foretold to be kept at {self.predicted.speedup:.2f}x"
+
     def summary(self) -> str:
         """The grid and the figures, for a person."""
         p = self.predicted
         width = max((len(unit.name) for unit in self.units), default=4)
         ruler = "".join(str((s // 10) % 10) if s % 10 == 0 else " " for s in range(self.num_steps))
         lines = [
-            f"Plan for {self.model.class_name}, {self.num_steps} steps, budget {self.budget}",
+            f"Plan for {self.model.class_name}, {self.num_steps} steps, budget {self.budget}"
+            + self._came_to(),
             f"  {'step':<{width}}  {ruler}",
         ]
         for unit in self.units:
@@ -255,7 +264,8 @@ class Plan(JsonFile):
             lines.append(f"  {unit.name:<{width}}  {unit.cells}  {computed} computed{taps}")
         psnr = "unknown"
         if p.psnr_db is not None and p.psnr_worst_db is not None:
-            psnr = f"{p.psnr_db:.1f} dB (worst prompt {p.psnr_worst_db:.1f})"
+            median = "" if p.psnr_median_db is None else f"median {p.psnr_median_db:.1f}, "
+            psnr = f"{p.psnr_db:.1f} dB ({median}worst prompt {p.psnr_worst_db:.1f})"
         lines += [
             "  # computed   0 skipped or reused   1-9, a-z predicted with span K   . idle",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "

@@ -38,7 +38,7 @@ from layercache.costs import cache_bytes
 from layercache.errors import LayerCacheError, ModelMismatchError, StatsError
 from layercache.models.pipelines import decodes, run_pipeline
 from layercache.models.stepping import moved_sample, tap_step, tapped_step
-from layercache.plan import COMPUTED, Certificate, Plan, UnitPlan
+from layercache.plan import COMPUTED, Budget, Certificate, Plan, UnitPlan
 from layercache.prediction import DEPTH, predicted_psnr, resample
 from layercache.prediction.error import moves_as_euler
 from layercache.prediction.ridge import DECIMALS, fit_row
@@ -287,12 +287,15 @@ def _fits(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) -> boo
 
 def _restated(stats: CalibrationStats, plan: Plan, units: tuple[UnitPlan, ...]) -> Plan:
     """A plan of other rows of the same cells, with its figures computed anew and verified."""
-    here = _at_sigmas(stats, plan)
+    here, budget = _at_sigmas(stats, plan), plan.budget
+    if budget.psnr_db is not None:
+        # What is fitted on runs is better there, and not in what was foretold: its share is kept.
+        budget = Budget(fraction=min(plan.predicted.compute_share, 1.0))
 
     def made(psnr: FloatArray | None, certificate: Certificate) -> Plan:
         return Plan.of(
             here,
-            plan.budget,
+            budget,
             plan.asked,
             units,
             psnr=psnr,

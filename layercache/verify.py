@@ -6,6 +6,7 @@ is written for plainness instead of speed: every vector is formed, every rule is
 
 - the rules: what may be cached, anchors and gaps, forced steps, segments, what was measured;
 - the milliseconds, and whether they are within the budget; speedup and share;
+- the quality that was asked for, where the budget is one;
 - the peak of bytes held between steps, for one image;
 - the sum of prices, where the certificate is of that;
 - the error of every prompt, by the recursion of the error model (`prediction/error.py` states it).
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layercache.errors import LayerCacheError
-from layercache.plan import Plan, UnitPlan
+from layercache.plan import Budget, Plan, UnitPlan
 from layercache.prediction.resample import resample
 from layercache.stats import CalibrationStats, FloatArray
 
@@ -70,6 +71,21 @@ def verify(stats: CalibrationStats, plan: Plan) -> Verification:
     if wrong:
         raise _refused(wrong)
     return found
+
+
+def _lost(budget: Budget, psnr: FloatArray) -> list[str]:
+    """What of (P,) PSNR is below the quality that was asked for."""
+    if budget.psnr_db is None or budget.quantile is None:
+        return []
+    ranked = sorted(float(value) for value in psnr)
+    place = budget.quantile * (len(ranked) - 1)
+    low = ranked[math.floor(place)]
+    # Infinite decibels have no differences; what lies between is at least the lower one.
+    share, high = place - math.floor(place), ranked[math.ceil(place)]
+    found = low + share * (min(high, 1000.0) - low) if low < 1000.0 else low
+    if found >= budget.psnr_db * (1 - _AGREEMENT):
+        return []
+    return [f"it keeps {found:.6f} dB at the quantile {budget.quantile}, not {budget.psnr_db}"]
 
 
 def recompute(stats: CalibrationStats, plan: Plan) -> Verification:
@@ -390,6 +406,7 @@ def _disagreements(stats: CalibrationStats, plan: Plan, found: Verification) -> 
         if stated is not None
         and not abs(stated - recomputed) <= _AGREEMENT * max(abs(stated), 1e-12) + slack
     ]
+    wrong += _lost(plan.budget, psnr)
     bound = certificate.lower_bound
     if bound is not None and bound > certificate.value * (1 + _AGREEMENT):
         wrong.append(f"its lower bound {bound!r} is above its value {certificate.value!r}")

@@ -118,6 +118,16 @@ def test_calibrate_states_time_and_memory_first_and_tidies_up(
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
 
+def test_statistics_go_to_stdout_alone(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = calibrate(weights, Path("-"), "--count", 1, "--mode", "residual")
+    Path("read.npz").write_bytes(result.stdout_bytes)
+    assert CalibrationStats.load("read.npz").num_prompts == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["read.npz"]
+
+
 def test_shards_are_merged_from_their_folder(weights: Path, tmp_path: Path) -> None:
     out, parts = tmp_path / "s.npz", tmp_path / "s.npz.parts"
     for index in range(2):
@@ -255,7 +265,7 @@ def test_compile_passes_its_options_on(stats_file: Path, tmp_path: Path) -> None
     assert plan.certificate.solver == "greedy" and plan.step_unit is None
 
 
-@pytest.mark.parametrize("budget", ["fast", "1.5", "-1", "0.5x", "nanx"])
+@pytest.mark.parametrize("budget", ["fast", "150%", "-1", "0.5x", "nanx"])
 def test_a_budget_that_cannot_be_read_is_wrong_usage(stats_file: Path, budget: str) -> None:
     result = run("compile", stats_file, "--budget", budget)
     assert result.exit_code == 2

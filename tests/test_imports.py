@@ -15,14 +15,15 @@ PACKAGE = Path(__file__).parent.parent / "layercache"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "_json": set(),
-    "stats": {"errors", "_json"},
+    "_write": set(),
+    "stats": {"errors", "_json", "_write"},
     "options": {"errors"},
     "_plan_rows": {"errors"},
     "costs": {"stats", "_plan_rows"},
     "_plan_parts": {"errors", "stats", "costs", "_plan_rows"},
     "_version": set(),
     "_hub": {"errors"},
-    "_json_file": {"errors", "_json", "_hub", "_card", "_plan_rows", "stats"},
+    "_json_file": {"errors", "_json", "_write", "_hub", "_card", "_plan_rows"},
     "plan": {
         "errors", "_json", "_json_file", "_version", "stats", "options", "costs", "_plan_parts",
         "_plan_rows",
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "stats", "options", "costs", "plan", "_fit_rows", "solver", "prediction",
         "verify",
     },
+    "retarget": {"errors", "stats"},
     "choices": {"errors", "stats", "options", "plan", "compile"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
@@ -47,22 +49,23 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "evaluation": {
-        "errors", "_json", "stats", "options", "costs", "plan", "prediction", "choices",
+        "errors", "_json", "_write", "stats", "options", "costs", "plan", "prediction", "choices",
         "models",
         "compile", "calibration", "runtime", "reference", "refine",
     },
     "cli": {
-        "errors", "_json", "stats", "options", "plan", "plan_set", "compile", "prediction",
-        "models", "calibration", "runtime", "evaluation", "reference", "refine",
+        "errors", "_json", "_write", "stats", "options", "plan", "plan_set", "compile",
+        "prediction", "retarget", "models", "calibration", "runtime", "evaluation", "reference",
+        "refine",
     },
     "__main__": {"cli"},
     "__init__": {"_version", "errors", "stats", "plan", "plan_set", "options", "compile"},
 }  # fmt: skip
 TORCH_FREE = (
-    "errors", "_json", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub", "_version",
-    "_card", "_json_file",
+    "errors", "_json", "_write", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub",
+    "_version", "_card", "_json_file",
     "plan", "plan_set", "solver", "prediction",
-    "verify", "_fit_rows", "compile", "choices", "cli", "__init__",
+    "verify", "_fit_rows", "compile", "choices", "retarget", "cli", "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

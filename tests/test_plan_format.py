@@ -66,7 +66,7 @@ def test_the_schema_refuses_unknown_keys_at_every_level() -> None:
         (("units", 2, "start"), 1, "overlaps the group before it"),
         (("units", 2, "stop"), 5, "is not in model.block_lists"),
         (("sigmas", 3), 0.9, "sigmas must fall strictly"),
-        (("budget",), {"fraction": 0.5, "speedup": 2.0}, "exactly one of fraction and speedup"),
+        (("budget",), {"fraction": 0.5, "speedup": 2.0}, "exactly one of fraction, speedup"),
     ],
 )
 def test_what_the_specification_forbids_is_refused(

@@ -21,10 +21,11 @@ from bench.comparison.inputs import GROUPS, PUBLISHED_GROUPS, Inputs
 from bench.comparison.scenario import BenchSize, Scenario
 from bench.comparison.store import Store, fingerprint
 from bench.comparison.tuning import Validation
+from layercache._write import write_file
 from layercache.evaluation._contenders import PUBLISHED
 from layercache.evaluation.methods import LayerCache
 from layercache.options import Options
-from layercache.stats import CalibrationStats, write_atomically
+from layercache.stats import CalibrationStats
 
 SHARES = (0.73, 0.5, 0.33)
 VALIDATION = 16
@@ -130,9 +131,9 @@ def run_ablation(
             rows.append(_row(variant, validation))
     table = Ablation(scenario.title, SHARES, size.validation, tuple(rows))
     folder = results or out
-    write_atomically(folder / "ABLATION.md", table.markdown().encode())
+    write_file(folder / "ABLATION.md", table.markdown().encode())
     text = json.dumps(table.to_dict(), indent=1, allow_nan=False) + "\n"
-    write_atomically(folder / "ablation.json", text.encode())
+    write_file(folder / "ablation.json", text.encode())
     return table
 
 

@@ -23,11 +23,11 @@ from bench.comparison.lpips import Lpips
 from bench.comparison.metrics import ms_ssim
 from bench.comparison.store import Store
 from bench.comparison.work import PeakMemory
+from layercache._write import write_file
 from layercache.calibration.prompts import Batch
 from layercache.evaluation._latency import Run, timed_run
 from layercache.evaluation.methods import Uncached
 from layercache.evaluation.metrics import fidelity
-from layercache.stats import write_atomically
 
 Clock = Literal["wall", "cpu"]
 
@@ -147,7 +147,7 @@ class Measuring:
     def _keep(self, path: Path, images: Tensor) -> None:
         stream = io.BytesIO()
         np.save(stream, images[:SHOWN].numpy())
-        write_atomically(path, stream.getvalue())
+        write_file(path, stream.getvalue())
 
     def curves(self, entrants: Sequence[Entrant]) -> dict[str, Curve]:
         """What was measured, by family; families that failed are left out."""

@@ -29,11 +29,11 @@ from bench.comparison.store import Store, fingerprint
 from bench.comparison.tables import markdown
 from bench.comparison.tuning import Validation, tune
 from bench.peers.cachedit import cache_dit_version
+from layercache._write import write_file
 from layercache.errors import LayerCacheError
 from layercache.evaluation._latency import run_once
 from layercache.evaluation.methods import Uncached
 from layercache.reference import prompts
-from layercache.stats import write_atomically
 
 Log = Callable[[str], None]
 
@@ -111,7 +111,7 @@ def run_bench(
         contents[folder / "results.json"] = text.encode()
         contents[folder / "RESULTS.md"] = markdown(found, command).encode()
     for path, data in contents.items():
-        write_atomically(path, data)
+        write_file(path, data)
     return BenchResult(tuple(found), tuple(contents), time.perf_counter() - began)
 
 

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bench.comparison.scenario import Scenario
+from layercache._write import write_file
 from layercache.plan import Plan
-from layercache.stats import write_atomically
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RUNNING_CODE = (
@@ -66,7 +66,7 @@ class Store:
     def write(self, path: Path, value: Any) -> None:
         """Write a JSON value; a reader sees all of it or nothing."""
         text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-        write_atomically(path, text.encode())
+        write_file(path, text.encode())
 
     def kept(self, title: str, parts: Any, compute: Callable[[], Any]) -> Any:
         """The JSON value kept under a title, computed where it is not there yet."""
@@ -85,7 +85,7 @@ class Store:
         if not path.exists():
             stream = io.BytesIO()
             np.savez(stream, **compute())  # type: ignore[arg-type]
-            write_atomically(path, stream.getvalue())
+            write_file(path, stream.getvalue())
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
 

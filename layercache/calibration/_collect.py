@@ -7,8 +7,9 @@ it. To price a replaced group in the *guided* output, the pipeline runs again on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +18,17 @@ from torch import Tensor
 
 from layercache.calibration._jobs import Jobs
 from layercache.calibration._kept import Kept
+from layercache.calibration._pace import Pace, Tick
 from layercache.calibration._profile import image_gain
 from layercache.calibration._propagation import measure_amplification
-from layercache.calibration._record import Performers, Recorder, Run, Tick
+from layercache.calibration._record import Performers, Recorder, Run
 from layercache.calibration._reenact import Reenactment, check_repeats
 from layercache.calibration._residual import ResidualSketches, residual_deltas
 from layercache.calibration._sketch import CountSketch
 from layercache.calibration._stage import Others, Stage
 from layercache.calibration.prompts import Batch
 from layercache.errors import StatsError
+from layercache.models.calling import call_setting
 
 _LEAST_EXPLAINED = 0.5
 """Share of the latents' squared movement that the velocities have to explain. Euler's method leaves
@@ -51,6 +54,7 @@ class Measured:
     output_bytes: int
     numel: int
     latent_shape: tuple[int, ...]
+    pixels: tuple[int, int] | None
     branches: int
 
 
@@ -103,6 +107,7 @@ def collect(
     primed: bool,
     sketching: Sketching,
     probes: int,
+    pace: Pace,
     tick: Tick,
 ) -> dict[str, Measured]:
     """Measure one batch.
@@ -117,7 +122,8 @@ def collect(
         primed: See `Run.primed`.
         sketching: The sketches.
         probes: How many perturbed runs.
-        tick: Called after every step of the recorded run.
+        pace: How the time of a batch divides.
+        tick: Told of the work that is done, as shares that `pace` says.
 
     Returns:
         What was measured, by component.
@@ -125,15 +131,17 @@ def collect(
     size = len(batch.ids)
     run = Run(Kept(kept_bytes), primed=primed)
     residuals: dict[str, ResidualSketches] = {}
+    call: dict[str, Any] = {}
 
     def on_step(step: int) -> None:
+        call.update({} if step else call_setting(stage.pipe))
         component = run.calls[step].component
         if not jobs.measures and component in performers:
             # As long as the sketches of the velocities.
             longest = min(sketching.size, run.velocities[0][0].numel())
             new = ResidualSketches(longest, sketching.seed, size)
             residuals.setdefault(component, new).add(performers[component], step)
-        tick()
+        tick(pace.recorded[step])
 
     recorder = Recorder(
         stage, performers, run, size, jobs=jobs, lags_together=lags_together, on_step=on_step
@@ -145,10 +153,14 @@ def collect(
         require_explained(run)
         sketch = CountSketch(run.velocities[0][0].numel(), sketching.size, sketching.seed)
         deltas = {name: _Deltas(run, name, jobs, sketch) for name in performers}
-        _read_deltas(stage, batch, run, others, jobs, list(deltas.values()))
+        _read_deltas(
+            stage, batch, run, others, jobs, list(deltas.values()), lambda: tick(pace.loop)
+        )
         assert images is not None
         gain = image_gain(stage, batch, run, others, images)
-        amplification = measure_amplification(stage, batch, run, others, probes)
+        amplification = measure_amplification(
+            stage, batch, run, others, probes, lambda step: tick(pace.forward[step])
+        )
         tables = {
             name: found.table if jobs.measures else _stand_ins(residuals[name], found, jobs, run)
             for name, found in deltas.items()
@@ -173,6 +185,7 @@ def collect(
             output_bytes=max(s.output_bytes for s in run.calls if s.component == name) // size,
             numel=sketch.numel,
             latent_shape=tuple(run.velocities[0].shape[1:]),
+            pixels=(call["width"], call["height"]) if {"width", "height"} <= set(call) else None,
             branches=max(len(s.shapes) for s in run.calls if s.component == name),
         )
         for name in performers
@@ -196,7 +209,13 @@ def require_explained(run: Run) -> None:
 
 
 def _read_deltas(
-    stage: Stage, batch: Batch, run: Run, others: Others, jobs: Jobs, tables: Sequence[_Deltas]
+    stage: Stage,
+    batch: Batch,
+    run: Run,
+    others: Others,
+    jobs: Jobs,
+    tables: Sequence[_Deltas],
+    read_one: Callable[[], None],
 ) -> None:
     for group, lag in jobs.pairs:
 
@@ -205,6 +224,7 @@ def _read_deltas(
                 table.read(step, velocity, group, lag)
 
         stage.play(batch, Reenactment(run, on_velocity=read, replay=(group, lag)), others)
+        read_one()
 
 
 def _stand_ins(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from layercache.calibration._jobs import Jobs
+from layercache.calibration._pace import Pace
 from layercache.calibration._propagation import probe_steps
 from layercache.calibration._trial import Trial
 from layercache.errors import StatsError
@@ -45,6 +45,7 @@ class CalibrationEstimate:
         offload: Whether residuals are kept on the CPU.
         lags_together: Most lags that are replayed as one batch.
         sigmas: (T+1,) noise levels of the run.
+        pace: How the time of a batch divides.
     """
 
     mode: str
@@ -61,6 +62,7 @@ class CalibrationEstimate:
     offload: bool
     lags_together: int
     sigmas: tuple[float, ...]
+    pace: Pace = field(repr=False)
 
     def covering(self, other: CalibrationEstimate) -> CalibrationEstimate:
         """The same, with room for what another batch of the run needs."""
@@ -137,10 +139,12 @@ def estimate_run(
     ratio = trial.pair_ratio if memory.lags_together > 1 else 1.0
     reruns = probe_steps(run.levels, probes)
     again = by_step[run.first]
-    computed = float(by_step.sum() + sum(again[step + 1 :].sum() for step in reruns))
-    for name, row in warm.items():
-        own = [index for index, step in enumerate(run.calls) if step.component == name]
-        computed += ratio * forward[name] * _replayed_forwards(jobs, own, row[:-1])
+    recorded = by_step.copy()
+    for index, step in enumerate(run.calls):
+        if step.component in warm:
+            row = warm[step.component][:-1]
+            recorded[index] += ratio * float(row.sum()) * _replayed_forwards(jobs, index, row)
+    computed = float(recorded.sum() + sum(again[step + 1 :].sum() for step in reruns))
     outside = float(np.mean([row[-1] for row in warm.values()]))
     loops = (3 + len(reruns) + len(jobs.pairs)) * jobs.steps
     each = computed + loops * outside + 2 * trial.fixed_seconds
@@ -161,17 +165,17 @@ def estimate_run(
         offload=memory.offload,
         lags_together=memory.lags_together,
         sigmas=run.levels,
+        pace=Pace.of(recorded + outside, by_step, jobs.steps * outside, each),
     )
 
 
-def _replayed_forwards(jobs: Jobs, steps: Sequence[int], seconds: NDArray[np.float64]) -> float:
-    """Replays at some steps, in forwards: group g's runs the rest and the groups after it."""
+def _replayed_forwards(jobs: Jobs, step: int, seconds: NDArray[np.float64]) -> float:
+    """Replays at a step, in forwards: group g's runs the rest and the groups after it."""
     groups, rest, whole = seconds[:-1], float(seconds[-1]), float(seconds.sum())
     after = np.cumsum(groups[::-1])[::-1] - groups + rest
     counts = np.zeros(jobs.groups)
-    for step in steps:
-        for group, _ in jobs.at(step):
-            counts[group] += 1
+    for group, _ in jobs.at(step):
+        counts[group] += 1
     return float(counts @ after) / max(whole, 1e-12)
 
 

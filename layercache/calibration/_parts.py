@@ -15,6 +15,8 @@ from layercache.stats import CalibrationStats, Group, difference
 
 LATENT_SHAPE = "latent_shape"
 """Name in a setting of the shape of one image's latent, without the batch axis."""
+PIXELS = "pixels"
+"""Name in a setting of width and height, as the pipeline's call had them in the end."""
 
 
 class Parts:
@@ -105,6 +107,7 @@ def require_same(name: str, expected: Mapping[str, Any], stats: CalibrationStats
 def _difference(expected: Mapping[str, Any], stats: CalibrationStats) -> str:
     theirs = {field: stats.identity[field] for field in expected}
     if "setting" in expected:
-        # The shape of the latents is known only once a run has begun.
-        theirs["setting"] = {n: v for n, v in stats.setting.items() if n != LATENT_SHAPE}
+        # Sizes are known only once a run has begun.
+        late = (LATENT_SHAPE, PIXELS)
+        theirs["setting"] = {n: v for n, v in stats.setting.items() if n not in late}
     return difference(expected, theirs)

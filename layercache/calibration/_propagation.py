@@ -42,7 +42,12 @@ def probe_steps(sigmas: Sequence[float], count: int = PROBES) -> tuple[int, ...]
 
 
 def measure_amplification(
-    stage: Stage, batch: Batch, run: Run, others: Others, count: int = PROBES
+    stage: Stage,
+    batch: Batch,
+    run: Run,
+    others: Others,
+    count: int = PROBES,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> NDArray[np.float64]:
     """(B, T) amplification of each prompt at each step; all 1 without probes.
 
@@ -52,11 +57,17 @@ def measure_amplification(
         run: Their recorded run.
         others: What the pipeline's other models do at steps that are not computed again.
         count: How many steps are probed.
+        on_step: Called with each step that was computed again.
     """
 
     def perturbed(probe: int, change: Tensor) -> Tensor:
         stop = run.first[probe + 1]
-        director = Reenactment(run, changed={stop - 1: change}, known=stop)
+
+        def told(step: int, velocity: Tensor) -> None:
+            if step >= stop and step in run.first:
+                on_step(step)
+
+        director = Reenactment(run, changed={stop - 1: change}, known=stop, on_velocity=told)
         stage.play(batch, director, others)
         assert director.final is not None
         return director.final

@@ -31,7 +31,6 @@ from layercache.models.tensors import tensor_bytes, tensors_in
 
 Performers = Mapping[str, ReplayableTransformer]
 """The calibrated transformers, by component."""
-Tick = Callable[[], None]
 
 
 @dataclass

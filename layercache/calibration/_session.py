@@ -13,8 +13,8 @@ from layercache.calibration._collect import Measured, Sketching, collect
 from layercache.calibration._estimate import CalibrationEstimate, estimate_run
 from layercache.calibration._jobs import Jobs
 from layercache.calibration._options import Options
-from layercache.calibration._parts import LATENT_SHAPE
-from layercache.calibration._record import Tick
+from layercache.calibration._pace import Tick
+from layercache.calibration._parts import LATENT_SHAPE, PIXELS
 from layercache.calibration._replay import ReplayableTransformer
 from layercache.calibration._scheduler import check_prediction
 from layercache.calibration._stage import Stage
@@ -134,6 +134,7 @@ class Session:
                 primed=primed,
                 sketching=Sketching(self.options.sketch_size, self.options.seed),
                 probes=self.options.perturbed_runs,
+                pace=plan.pace,
                 tick=tick,
             )
         return {name: self._stats(batch, name, found) for name, found in measured.items()}
@@ -158,6 +159,8 @@ class Session:
     def _stats(self, batch: Batch, component: str, measured: Measured) -> CalibrationStats:
         order = sorted(range(len(batch.ids)), key=batch.ids.__getitem__)
         setting = {**self.settings[component], LATENT_SHAPE: list(measured.latent_shape)}
+        if measured.pixels is not None:
+            setting[PIXELS] = list(measured.pixels)
         return CalibrationStats(
             sigmas=np.array(measured.sigmas),
             passes=measured.passes,

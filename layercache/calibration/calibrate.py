@@ -256,19 +256,37 @@ def _measure(
     for each in found:
         for stats in each.values():
             require_same("statistics in the folder", {"sigmas": estimate.sigmas}, stats)
-    total = sum(len(batch.ids) for batch in todo)
-    steps = len(estimate.sigmas) - 1
-    with tqdm(total=total * steps, unit="step", desc="calibrate", disable=not progress) as bar:
-        done = 0
+    with _bar(sum(len(batch.ids) for batch in todo), progress) as bar:
         for batch in todo:
-            bar.set_postfix_str(f"prompt {min(done + 1, total)}/{total}")
-            measured = session.measure(batch, functools.partial(bar.update, len(batch.ids)))
+            size, done = len(batch.ids), bar.n
+            bar.set_postfix_str(_which(batch, work))
+            measured = session.measure(batch, functools.partial(_advance, bar, size))
+            bar.update(done + size - bar.n)
             for name, parts in folders.items():
                 if parts is not None:
                     parts.save(measured[name])
-            done += len(batch.ids)
             found.append(measured)
     return found
+
+
+def _advance(bar: tqdm, size: int, share: float) -> None:
+    bar.update(share * size)
+
+
+def _bar(prompts: int, progress: bool) -> tqdm:
+    """A bar over prompts, and shares of them; for people who watch, not for log files."""
+    shown = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+    off = None if progress else True
+    return tqdm(total=prompts, desc="calibrate", bar_format=shown, disable=off)
+
+
+def _which(batch: Batch, work: Sequence[Batch]) -> str:
+    """Where a batch stands among the prompts of this process, those of an earlier run too."""
+    names = [name for each in work for name in each.ids]
+    first = names.index(batch.ids[0]) + 1
+    last = first + len(batch.ids) - 1
+    which = f"prompt {first}" if first == last else f"prompts {first}-{last}"
+    return f"{which} of {len(names)}"
 
 
 def _chosen_groups(

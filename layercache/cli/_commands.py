@@ -1,8 +1,8 @@
 """The `layercache` command. Results go to stdout, everything else to stderr.
 
 Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a plan or statistics belong to another model,
-4 a quality gate failed. Libraries are imported inside the commands, so that `inspect`, `merge` and
-`compile` work, and start fast, without torch.
+4 a quality gate failed, 130 interrupted. Libraries are imported inside the commands, so that
+`inspect`, `merge` and `compile` work, and start fast, without torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from layercache.cli._compiling import compile_command
 from layercache.cli._export import export
 from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
@@ -20,10 +21,8 @@ from layercache.cli._options import (
     Commands,
     Failure,
     expand_folders,
-    hand_out,
     json_option,
     log,
-    parse_budget,
     parse_shard,
     parse_size,
     print_json,
@@ -31,11 +30,11 @@ from layercache.cli._options import (
     read_prompts,
     remove_parts,
 )
+from layercache.cli._out import OUT_FILE, OUT_FOLDER, STDOUT, put
 from layercache.cli._running import evaluate, refine
 from layercache.cli._sharing import bundle, explore, push
 from layercache.errors import LayerCacheError
-from layercache.options import PREDICTORS, SOLVERS, whole
-from layercache.plan import Budget, Plan
+from layercache.plan import Plan
 from layercache.prediction import paying
 from layercache.stats import CalibrationStats, merge_all
 
@@ -46,12 +45,14 @@ def main() -> None:
     """Calibrate a flow-matching model once, compile a caching plan for any budget, and run it."""
 
 
-for _command in (refine, evaluate, explore, bundle, push, export):
+for _command in (compile_command, refine, evaluate, explore, bundle, push, export):
     main.add_command(_command)
 
 
 @main.command()
-@click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder to write.")
+@click.option(
+    "--out", type=OUT_FOLDER, default=Path("out"), show_default=True, help="Folder to write."
+)
 @click.option("--weights", type=FOLDER, hidden=True, help="Other reference weights.")
 @json_option
 def demo(out: Path, weights: Path | None, as_json: bool) -> None:
@@ -95,7 +96,7 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 @click.option("--max-memory", callback=parse_size, help="Bytes above the model, such as 12GB.")
 @click.option("--shard", callback=parse_shard, help="i/n: only the i-th (from 0) of n parts.")
 @click.option("--parts", type=FOLDER, help="Folder of finished prompts; default: OUT.parts.")
-@click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
+@click.option("--out", type=OUT_FILE, default=Path("stats.npz"), show_default=True)
 @json_option
 def calibrate(
     model: Model,
@@ -126,7 +127,8 @@ def calibrate(
     prompts = read_prompts(prompt_file, model.name, "calibration", count or 8, limit=count)
     pipe = model.load(local_device())
     arguments = model.arguments(pipe)
-    folder = parts or out.with_name(f"{out.name}.parts")
+    named = Path("stats.npz") if out == STDOUT else out
+    folder = parts or named.with_name(f"{named.name}.parts")
     main_process = is_main_process()
     stats = run(
         pipe,
@@ -150,7 +152,7 @@ def calibrate(
     if shard is not None:
         _print_stats(stats, as_json, folder)
         return
-    stats.save(out)
+    put(out, stats.to_bytes())
     if parts is None:
         remove_parts(folder, stats.prompt_ids)
     _print_stats(stats, as_json, out)
@@ -158,7 +160,7 @@ def calibrate(
 
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=FILE_OR_FOLDER)
-@click.option("--out", type=PATH, default=Path("stats.npz"), show_default=True)
+@click.option("--out", type=OUT_FILE, default=Path("stats.npz"), show_default=True)
 @json_option
 def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Join statistics of the same model and setting from several runs or machines.
@@ -166,71 +168,8 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     A folder stands for all statistics files in it.
     """
     stats = merge_all([CalibrationStats.load(file) for file in expand_folders(files)])
-    stats.save(out)
+    put(out, stats.to_bytes())
     _print_stats(stats, as_json, out)
-
-
-@main.command("compile")
-@click.argument("stats_file", type=PATH)
-@click.option(
-    "--budget",
-    callback=parse_budget,
-    required=True,
-    help='A speedup such as "1.37x", or a share of the compute such as 0.73.',
-)
-@click.option("--solver", type=click.Choice(SOLVERS), default="search", show_default=True)
-@click.option(
-    "--units",
-    default="step,groups",
-    show_default=True,
-    help="What may be cached: step, groups, or both with a comma.",
-)
-@click.option("--predictor", type=click.Choice(PREDICTORS), default="fitted", show_default=True)
-@click.option("--max-cache-bytes", type=click.IntRange(min=0), help="Limit for one image.")
-@click.option("--max-gap", type=click.IntRange(min=0), help="Most steps from a cached cell back.")
-@click.option("--forced", default="", help="Steps that are computed, with commas.")
-@click.option("--sigmas", default="", help="T+1 noise levels to compile for, with commas.")
-@click.option("--out", type=PATH, default=Path("plan.json"), show_default=True)
-@json_option
-def compile_command(
-    stats_file: Path,
-    budget: Budget,
-    solver: str,
-    units: str,
-    predictor: str,
-    max_cache_bytes: int | None,
-    max_gap: int | None,
-    forced: str,
-    sigmas: str,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Compile a plan for a budget from a statistics file. Needs no torch and no GPU."""
-    from layercache.compile import compile_plan
-
-    plan = compile_plan(
-        CalibrationStats.load(stats_file),
-        budget,
-        solver=solver,
-        units=_listed(units),
-        predictor=predictor,
-        max_cache_bytes=max_cache_bytes,
-        max_gap=max_gap,
-        forced=tuple(whole("a forced step", step) for step in _numbers("--forced", forced)),
-        sigmas=_numbers("--sigmas", sigmas) or None,
-    )
-    hand_out(plan, out, as_json)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in _listed(text))
-    except ValueError as error:
-        raise click.UsageError(f"{option} is {text!r}, which is no list of numbers") from error
 
 
 @main.command()
@@ -287,6 +226,8 @@ def check(plan_file: Path, stats_file: Path | None, model: Model, as_json: bool)
 
 
 def _print_stats(stats: CalibrationStats, as_json: bool, file: Path) -> None:
+    if file == STDOUT:
+        return
     if not as_json:
         click.echo(stats.summary())
         if stats.num_groups and stats.num_steps > 1:

@@ -8,17 +8,19 @@ from typing import Any
 
 import click
 
-from layercache.cli._options import FOLDER, PATH, REFERENCE, json_option, log, print_json
+from layercache._write import write_file
+from layercache.cli._options import FOLDER, OUT_FILE, PATH, REFERENCE, json_option, log, print_json
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
 from layercache.plan import Plan
-from layercache.stats import write_atomically
 
 
 @click.command()
 @click.argument("plan_file", type=PATH)
 @click.argument("model", required=False)
 @click.option("--scheduler", type=FOLDER, help="Folder for a diffusers scheduler that is the plan.")
-@click.option("--cache-dit", type=PATH, help="File for a step mask in cache-dit's configuration.")
+@click.option(
+    "--cache-dit", type=OUT_FILE, help="File for a step mask in cache-dit's configuration."
+)
 @json_option
 def export(
     plan_file: Path,
@@ -50,7 +52,7 @@ def export(
     if cache_dit is not None:
         config, lost = cache_dit_config(plan)
         text = json.dumps({"cache_config": config})
-        write_atomically(cache_dit, (text + "\n").encode())
+        write_file(cache_dit, (text + "\n").encode())
         written["cache_dit"] = {"file": str(cache_dit), "lost": lost}
     if as_json:
         print_json(written)

@@ -54,8 +54,6 @@ class Model:
             pipe.scheduler = _scheduler(self.scheduler, pipe.scheduler)
         for name in self.lora:
             _load_lora(pipe, name)
-        if hasattr(pipe, "set_progress_bar_config"):
-            pipe.set_progress_bar_config(disable=not progress())
         if self.offload == "model":
             pipe.enable_model_cpu_offload(device=place)
         elif self.offload == "sequential":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import io
 import json
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +18,16 @@ from typing import Any
 import click
 
 from layercache._json import parse
+from layercache.cli._needs import install, require
+from layercache.cli._out import STDOUT, put
 from layercache.errors import LayerCacheError, ModelMismatchError
-from layercache.plan import Budget, Plan
+from layercache.plan import Plan
 
 REFERENCE = "reference"
 PATH = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE_OR_FOLDER = click.Path(path_type=Path)
+_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -42,8 +50,44 @@ class GateFailed(Failure):
     exit_code = 4
 
 
+class WrongUsage(Failure):
+    """The command line asks for what there is not: one line that says so, and one where to look."""
+
+    exit_code = 2
+
+    def __init__(self, error: click.UsageError, path: str) -> None:
+        super().__init__(error.format_message())
+        self.path = error.ctx.command_path if error.ctx else path
+
+    def format_message(self) -> str:
+        """Both lines."""
+        return f"{self.message}\nTry '{self.path} --help' for help."
+
+
+class Interrupted(Failure):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
 class Commands(click.Group):
     """Turns expected errors into a line and an exit code; unexpected ones keep their traceback."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, which asks for its imports before it does anything."""
+        super().add_command(cmd, name)
+        run = cmd.callback
+        assert run is not None
+
+        @functools.wraps(run)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            given = click.get_current_context().params
+            if given.get("out") == STDOUT and given.get("as_json"):
+                raise click.UsageError("--out - and --json both write to stdout; leave one out")
+            require(str(cmd.name), given)
+            return run(*args, **kwargs)
+
+        cmd.callback = checked
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line; names of files that are no text are shown escaped."""
@@ -52,29 +96,65 @@ class Commands(click.Group):
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read what stands before the command."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise WrongUsage(error, "layercache") from error
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise WrongUsage(error, ctx.command_path) from error
         except ModelMismatchError as error:
             raise Mismatch(str(error)) from error
         except LayerCacheError as error:
             raise Failure(str(error)) from error
+        except KeyboardInterrupt as error:
+            kept = {"calibrate": ": what was measured is kept; the same command goes on from there"}
+            raise Interrupted(f"interrupted{kept.get(ctx.invoked_subcommand or '', '')}") from error
         except OSError as error:
+            if error.filename is None:
+                _close_stdout()
+            if error.errno == errno.EPIPE:
+                raise  # click ends without a word, as a reader that left expects
             place = f"{error.filename}: " if error.filename else ""
             raise Failure(f"{place}{error.strerror or error}") from error
         except ModuleNotFoundError as error:
-            raise Failure(
-                f"{error.name} is not installed: pip install 'layercache-flow[diffusers,plot,eval]'"
-            ) from error
+            name = str(error.name).partition(".")[0]
+            raise Failure(f"{name} is not installed: {install([name])}") from error
+        except Exception as error:
+            told = _told_by_others(error)
+            if told is None:
+                raise
+            raise Failure(told) from error
 
 
-def parse_budget(ctx: click.Context, param: click.Parameter, value: str) -> Budget:
-    """Option callback: `1.37x` or `0.73`."""
-    try:
-        return Budget.parse(value)
-    except LayerCacheError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
+def _close_stdout() -> None:
+    """Let what could not be written to stdout go, at which Python would fail again at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told_by_others(error: Exception) -> str | None:
+    """What a library says of a mistake of the user's; None for what may be a fault of ours."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            f"out of memory ({str(error).partition('.')[0]}): use --offload model, a smaller "
+            "--batch-size or a smaller size"
+        )
+    if type(error).__module__.partition(".")[0] in _NETWORK:
+        return f"the network cannot be reached ({error}): check it, or name a folder on this disk"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    where = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+    if isinstance(error, TypeError | ValueError) and where.startswith("diffusers.pipelines."):
+        return f"the pipeline refuses its arguments ({error}); give what it needs by --call"
+    return None
 
 
 def parse_shard(
@@ -161,7 +241,9 @@ def read_prompts(
 
 def hand_out(plan: Plan, out: Path, as_json: bool) -> None:
     """Write a plan and show it."""
-    plan.save(out)
+    put(out, plan.to_bytes())
+    if out == STDOUT:
+        return
     if as_json:
         print_json({"file": str(out), "plan": plan.to_dict()})
     else:

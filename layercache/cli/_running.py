@@ -8,7 +8,6 @@ import click
 
 from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
-    FOLDER,
     PATH,
     GateFailed,
     hand_out,
@@ -18,6 +17,7 @@ from layercache.cli._options import (
     progress,
     read_prompts,
 )
+from layercache.cli._out import OUT_FILE, OUT_FOLDER
 from layercache.plan import Plan
 from layercache.stats import CalibrationStats
 
@@ -31,7 +31,7 @@ from layercache.stats import CalibrationStats
 @click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
 @click.option("--count", type=click.IntRange(min=2), help="Use only the first prompts.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=PATH, default=Path("plan.json"), show_default=True)
+@click.option("--out", type=OUT_FILE, default=Path("plan.json"), show_default=True)
 @json_option
 def refine(
     plan_file: Path,
@@ -72,7 +72,9 @@ def refine(
 @click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--min-psnr", type=float, help="Exit with 4 if the mean PSNR in dB is lower.")
 @click.option("--min-speedup", type=float, help="Exit with 4 if the measured speedup is lower.")
-@click.option("--out", type=FOLDER, help="Also write pictures, results.json and report.html there.")
+@click.option(
+    "--out", type=OUT_FOLDER, help="Also write pictures, results.json and report.html there."
+)
 @json_option
 def evaluate(
     plan_file: Path,
@@ -114,6 +116,8 @@ def evaluate(
         )
         if gate is not None and value < gate
     ]
+    if min_speedup is not None and row.timing_doubt:
+        failures.append(f"measured speedup is unclear: {row.timing_doubt}")
     if as_json:
         print_json(comparison.to_dict() | {"gate_failures": failures})
     else:

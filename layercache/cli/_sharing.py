@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from layercache.cli._options import FOLDER, PATH, json_option, log, print_json
+from layercache.cli._out import OUT_FILE, STDOUT, put
 from layercache.errors import LayerCacheError
 from layercache.plan import Plan
 from layercache.plan_set import PlanSet
-from layercache.stats import CalibrationStats, write_atomically
+from layercache.stats import CalibrationStats
 
 
 @click.command()
@@ -22,33 +23,33 @@ from layercache.stats import CalibrationStats, write_atomically
     multiple=True,
     help="A folder of `eval --out`: shown beside what is foretold. Any number of times.",
 )
-@click.option("--out", type=PATH, default=Path("explore.html"), show_default=True)
+@click.option("--out", type=OUT_FILE, default=Path("explore.html"), show_default=True)
 @json_option
 def explore(stats_file: Path, evaluations: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Write one HTML page on which to choose a plan. Needs no torch and no GPU."""
     from layercache.evaluation.explore import explore_page
 
     page = explore_page(CalibrationStats.load(stats_file), evaluations=evaluations)
-    write_atomically(out, page.encode())
+    put(out, page.encode())
     if as_json:
         print_json({"file": str(out)})
-    else:
+    elif out != STDOUT:
         log(f"open {out} in a browser")
 
 
 @click.command()
 @click.argument("plan_files", nargs=-1, required=True, type=PATH)
-@click.option("--out", type=PATH, default=Path(PlanSet.FILE_NAME), show_default=True)
+@click.option("--out", type=OUT_FILE, default=Path(PlanSet.FILE_NAME), show_default=True)
 @json_option
 def bundle(plan_files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Put plans of one model into one file, of which each run takes the one made for it."""
     plans = PlanSet.from_dict(
         {"schema_version": 1, "plans": [Plan.load(file).to_dict() for file in plan_files]}
     )
-    plans.save(out)
+    put(out, plans.to_bytes())
     if as_json:
         print_json({"file": str(out), "plans": len(plans.plans)})
-    else:
+    elif out != STDOUT:
         click.echo(plans.summary())
 
 

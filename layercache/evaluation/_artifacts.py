@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from layercache._write import write_file
 from layercache.evaluation._compare import Comparison
 from layercache.evaluation._report import html_report
 from layercache.evaluation._sheets import image_sheet
 from layercache.evaluation.plots import pareto, plan_heat_map
 from layercache.plan import Plan
-from layercache.stats import write_atomically
 
 
 def write_artifacts(
@@ -49,5 +49,5 @@ def write_artifacts(
     contents["report.html"] = page.encode()
     contents["results.json"] = (json.dumps(results, indent=1, allow_nan=False) + "\n").encode()
     for name, data in contents.items():
-        write_atomically(out / name, data)
+        write_file(out / name, data)
     return [out / name for name in contents]

@@ -15,6 +15,10 @@ from layercache.evaluation.methods import Method, Uncached
 from layercache.evaluation.metrics import fidelity
 from layercache.models.pipelines import decodes
 
+_TOO_FAST = 1.25
+"""A speedup so many times what the saved compute allows was not measured, but mistimed."""
+_HALF = 0.5
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,6 +39,27 @@ class Row:
     psnr_worst: float
     psnr_median: float
     ssim_mean: float | None
+
+    @property
+    def timing_doubt(self) -> str | None:
+        """Why `speedup_measured` cannot be right; None if it can.
+
+        Even if nothing but the transformer took time, a share s of its compute makes a generation
+        at most 1/s times faster; and whoever spends half of it is not slower than who spends all.
+        """
+        share, speedup = self.compute_share, self.speedup_measured
+        if share <= _HALF and speedup < 1:
+            return f"{speedup:.2f}x, slower than uncached, at {100 * share:.0f} % of its compute"
+        if share > 0 and speedup > _TOO_FAST / share:
+            return (
+                f"{speedup:.2f}x, where {100 * share:.0f} % of the compute allow {1 / share:.2f}x"
+            )
+        return None
+
+    @property
+    def speedup_text(self) -> str:
+        """The measured speedup, if it can be right."""
+        return "unclear" if self.timing_doubt else f"{self.speedup_measured:.2f}x"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +105,33 @@ class Comparison:
                 )
                 lines.append(
                     f"{f'{target:g}x':>6}  {row.method:<21}{100 * row.compute_share:>6.1f} %"
-                    f"{f'{row.speedup_measured:.2f}x':>9}{predicted:>11}"
+                    f"{row.speedup_text:>9}{predicted:>11}"
                     f"{row.psnr_mean:>8.1f} dB{row.psnr_worst:>7.1f}{_ssim(row):>9}"
                 )
         if not self.decoded:
             lines += ["", "nothing is decoded: PSNR of latents, relative to their range"]
+        if self.doubts:
+            lines += ["", *self.doubts]
         return "\n".join(lines)
 
+    @property
+    def doubts(self) -> list[str]:
+        """What is said of the rows whose timing cannot be right; nothing if there are none."""
+        found = [
+            f"unclear: {row.method} at {row.target_speedup:g}x was timed at {row.timing_doubt}"
+            for row in self.rows
+            if row.timing_doubt
+        ]
+        why = "Was the machine busy? Repeat it on a quiet one, with more repeats (--repeats)."
+        return [*found, why] if found else []
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: `rows` and how they came about."""
+        """Plain JSON values: `rows` and how they came about.
+
+        `timing_doubt` of a row says why its measured speedup cannot be right, or is null.
+        """
         return {
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [asdict(row) | {"timing_doubt": row.timing_doubt} for row in self.rows],
             "images": len(self.references),
             "batch_size": self.batch_size,
             "decoded": self.decoded,
@@ -120,7 +161,7 @@ def compare(
     flat = [(target, method) for target, group in methods.items() for method in group]
     entrants: list[Method] = [Uncached(), *(method for _, method in flat)]
     total = len(entrants) * len(batches) * repeats
-    with tqdm(total=total, unit="run", desc="compare", disable=not progress) as bar:
+    with tqdm(total=total, unit="run", desc="compare", disable=None if progress else True) as bar:
         timings = time_interleaved(
             pipe, batches, entrants, repeats=repeats, warm_up=warm_up, tick=bar.update
         )

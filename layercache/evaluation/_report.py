@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -35,8 +35,8 @@ th { color: #475569; font-weight: 600; font-size: 13px; border-bottom: 2px solid
 td { border-bottom: 1px solid #f1f5f9; }
 th:first-child, td:first-child { text-align: left; }
 tr.target td { padding-top: 16px; font-weight: 600; color: #0f172a; border-bottom-color: #cbd5e1; }
-tr.ours td { background: #fff7ed; font-weight: 600; }
-td.best { color: #c2410c; }
+tr.ours td { background: #fff7ed; }
+td.best { color: #c2410c; font-weight: 600; }
 pre { margin: 0; font: 12px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: 14px; }
 dt { color: #475569; }
@@ -73,8 +73,11 @@ def html_report(
         f'<div class="panel">{_table(comparison)}</div>',
         "<p>Speedup is the median wall-clock time of the uncached pipeline over that of the "
         "method, timed in turns within one run. PSNR is computed in float on clamped images; "
-        "“worst” is the worst single image.</p>",
+        "“worst” is the worst single image. The best of each target is bold.</p>",
     ]
+    if comparison.doubts:
+        doubts = "<br>".join(escape(line) for line in comparison.doubts)
+        sections.append(f"<p><b>Some timings cannot be right</b><br>{doubts}</p>")
     if "pareto" in pictures:
         sections += [
             "<h2>Quality against cost</h2>",
@@ -128,8 +131,7 @@ def _cards(comparison: Comparison) -> str:
         )
         cards.append(
             f'<div class="card"><b>{ours.psnr_mean:.1f} dB</b>'
-            f"<span>at 1/{target:g} of the compute: {ours.speedup_measured:.2f}x measured speed"
-            f"{margin}</span></div>"
+            f"<span>at 1/{target:g} of the compute: {_speed(ours)}{margin}</span></div>"
         )
     return "".join(cards)
 
@@ -142,23 +144,38 @@ def _table(comparison: Comparison) -> str:
     body = []
     for target in comparison.targets:
         rows = comparison.at(target)
-        best = max(row.psnr_mean for row in rows)
         body.append(
             f'<tr class="target"><td colspan="7">{target:g}x less transformer compute</td></tr>'
         )
-        body += [_table_row(row, row.psnr_mean == best) for row in rows]
+        body += [_table_row(row, rows) for row in rows]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def _table_row(row: Row, best: bool) -> str:
+def _speed(row: Row) -> str:
+    return "speed unclear" if row.timing_doubt else f"{row.speedup_text} measured speed"
+
+
+def _qualities(row: Row) -> tuple[str, ...]:
+    ssim = "-" if row.ssim_mean is None else f"{row.ssim_mean:.4f}"
+    return f"{row.psnr_mean:.1f} dB", f"{row.psnr_worst:.1f} dB", ssim
+
+
+def _table_row(row: Row, rivals: Sequence[Row]) -> str:
     kind = ' class="ours"' if row.method == "layercache" else ""
-    mark = ' class="best"' if best else ""
+    # Cells are marked where they lead, as they are shown: equal ones lead together.
+    best = (
+        _qualities(max(rivals, key=lambda r: r.psnr_mean))[0],
+        _qualities(max(rivals, key=lambda r: r.psnr_worst))[1],
+        _qualities(max(rivals, key=lambda r: r.ssim_mean or 0.0))[2],
+    )
+    cells = "".join(
+        f'<td class="best">{text}</td>' if text == top != "-" else f"<td>{text}</td>"
+        for text, top in zip(_qualities(row), best, strict=True)
+    )
     predicted = "-" if row.speedup_predicted is None else f"{row.speedup_predicted:.2f}x"
     return (
         f"<tr{kind}><td>{escape(row.method)}</td><td>{100 * row.compute_share:.1f} %</td>"
-        f"<td>{row.speedup_measured:.2f}x</td><td>{predicted}</td>"
-        f"<td{mark}>{row.psnr_mean:.1f} dB</td><td>{row.psnr_worst:.1f} dB</td>"
-        f"<td>{'-' if row.ssim_mean is None else f'{row.ssim_mean:.4f}'}</td></tr>"
+        f"<td>{row.speedup_text}</td><td>{predicted}</td>{cells}</tr>"
     )
 
 

@@ -112,7 +112,7 @@ def _measured(folder: Path) -> dict[str, Any]:
         results = parse((folder / "results.json").read_bytes())
         row = results["rows"][0]
         measured = {
-            "name": folder.name,
+            "name": folder.name + (" (timing unclear)" if row.get("timing_doubt") else ""),
             "share": float(row["compute_share"]),
             "speedup": float(row["speedup_measured"]),
             "psnr": float(row["psnr_median"]),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation.metrics import psnr
 from layercache.plan import COMPUTED, IDLE, Plan, UnitPlan
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def _cells(plan: Plan, unit: UnitPlan) -> list[int]:
 def pareto(comparison: Comparison) -> bytes:
     """PSNR over measured speedup, a small picture for each rival beside LayerCache.
 
-    Lines join means; faint dots are single images.
+    Lines join means; faint dots are single images. Timings that cannot be right are left out.
     """
     figure_class, _, _ = load_matplotlib()
     methods = list(dict.fromkeys(row.method for row in comparison.rows))
@@ -111,7 +110,7 @@ def pareto(comparison: Comparison) -> bytes:
         axis.set_visible(False)
     for axis, rival in zip(axes, panels, strict=False):
         for name, color, marker in ((rival, _BLUE, "s"), (OURS, _ORANGE, "o")):
-            rows = [row for row in comparison.rows if row.method == name]
+            rows = [r for r in comparison.rows if r.method == name and not r.timing_doubt]
             speeds = [row.speedup_measured for row in rows]
             for row, speed in zip(rows, speeds, strict=True):
                 values = image_psnr(comparison, row)
@@ -134,6 +133,8 @@ def pareto(comparison: Comparison) -> bytes:
 
 def image_psnr(comparison: Comparison, row: Row) -> list[float]:
     """PSNR in dB of every image of a row; none where nothing was decoded."""
+    from layercache.evaluation.metrics import psnr
+
     images = comparison.images.get((row.method, row.target_speedup))
     if images is None or not comparison.decoded:
         return []

@@ -7,6 +7,7 @@ what is installed, and names the one that is missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ NAMES = {
     "_hf_peft_config_loaded": "diffusers' models: whether a LoRA was ever loaded",
     "_name_or_path": "diffusers' configurations: where the weights came from",
     "_orig_mod": "torch.compile: the module that was compiled",
+    "_progress_bar_config": "diffusers' pipelines: the options of their progress bar",
     "_python_dispatch": "torch.utils: TorchDispatchMode",
     "_pytree": "torch.utils: tree_leaves",
     "_step_index": "diffusers' schedulers: the step under way, None before the first",
@@ -85,6 +87,21 @@ def origin_of(owner: Any) -> str:
 def modular_blocks(pipe: Any) -> Any:
     """The blocks of a modular pipeline, or None."""
     return getattr(pipe, "_blocks", None)
+
+
+@contextmanager
+def without_bar(owner: Any) -> Iterator[None]:
+    """Let the progress bar of a pipeline, or of its loop, keep quiet, and then be as it was."""
+    held = vars(owner)
+    before = held.get("_progress_bar_config")
+    owner._progress_bar_config = {**(before or {}), "disable": True}
+    try:
+        yield
+    finally:
+        if before is None:
+            held.pop("_progress_bar_config", None)
+        else:
+            owner._progress_bar_config = before
 
 
 def counts_steps(scheduler: Any) -> bool:

@@ -17,7 +17,18 @@ from layercache.models.adapters import adapter_for, blocks_of, unwrap
 from layercache.models.calling import CALL_KEYS
 
 _CALL_KEYS = (*CALL_KEYS, "num_inference_steps")
-_SCHEDULER_KEYS = ("shift", "flow_shift", "use_dynamic_shifting")
+# What the noise levels of another step count or size follow from (`layercache.retarget`).
+_SCHEDULER_KEYS = (
+    "shift",
+    "flow_shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+    "time_shift_type",
+)
 # Where the Hub's cache puts a repository's files, and what names a repository.
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

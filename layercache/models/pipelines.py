@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layercache.models._foreign import modular_blocks
+from layercache.models._foreign import modular_blocks, without_bar
 
 _OUTPUTS = ("images", "videos", "frames", "latents")
 """Names under which a modular pipeline leaves what it made, the most finished first."""
@@ -42,7 +43,7 @@ def decodes(pipe: Any) -> bool:
 
 
 def run_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int = 0) -> Tensor:
-    """Call a pipeline from the start, whatever was drawn before.
+    """Call a pipeline from the start, whatever was drawn before, without its progress bar.
 
     Args:
         pipe: The pipeline.
@@ -60,7 +61,9 @@ def run_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int = 0) -> T
     elif isinstance(generators, torch.Generator):
         call["generator"] = generators.clone_state()
     call["output_type"] = "pt" if decodes(pipe) else "latent"
-    with torch.random.fork_rng(_cuda_devices()):
+    with torch.random.fork_rng(_cuda_devices()), ExitStack() as quiet:
+        for owner in loop_owners(pipe):
+            quiet.enter_context(without_bar(owner))
         # Some pipelines draw from the global generator besides the one that they are given.
         torch.manual_seed(seed)
         made = _modular_output(pipe, call) if is_modular(pipe) else pipe(**call, return_dict=False)
@@ -92,6 +95,19 @@ def _modular_output(pipe: Any, call: dict[str, Any]) -> Any:
         f"{type(pipe).__name__} returned none of {', '.join(_OUTPUTS)}: name what it makes with "
         "output="
     )
+
+
+def loop_owners(pipe: Any) -> Iterator[Any]:
+    """What has the progress bars of a pipeline: itself, or the loop blocks of a modular one."""
+    # `pipe.blocks` of a modular pipeline is a copy.
+    waiting = [pipe, modular_blocks(pipe)]
+    while waiting:
+        owner = waiting.pop()
+        if hasattr(owner, "progress_bar"):
+            yield owner
+        inside = getattr(owner, "sub_blocks", None)
+        if isinstance(inside, Mapping):
+            waiting += inside.values()
 
 
 def _cuda_devices() -> list[int]:

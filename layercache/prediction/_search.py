@@ -122,6 +122,11 @@ class Search:
         close = [found for found in close if found.score <= best.score + rise]
         return list({found.computed.tobytes(): found for found in close}.values())
 
+    @property
+    def budgets_ms(self) -> list[float]:
+        """The budgets that find schedules of their own, up to full compute."""
+        return [min(self._part_ms * level, self._full) for level in range(1, self._fine + 1)]
+
     def _fine_level(self, budget_ms: float) -> int:
         level = int(np.floor(budget_ms / self._part_ms * (1 + 1e-9) + 1e-9))
         return min(max(level, 0), self._fine)
@@ -137,9 +142,9 @@ class Search:
     def _run(self) -> Iterator[Found | None]:
         """What `best` finds at each fine level, from the first on."""
         grown: Found | None = None
-        parts = self.effort.parts
+        parts, budgets = self.effort.parts, self.budgets_ms
         for fine in range(1, self._fine + 1):
-            budget = min(self._part_ms * fine, self._full)
+            budget = budgets[fine - 1]
             if grown is not None:
                 grown = self._grow(grown, budget)
             if fine % parts == 0:

@@ -27,10 +27,11 @@ from layercache.models.adapters import Adapter, blocks_of, unwrap
 from layercache.models.calling import calling_pipeline
 from layercache.models.gates import Call, Gate, Handler, is_compiled
 from layercache.models.patching import Function, own_methods, wrap_method, wrappers
+from layercache.models.pipelines import loop_owners
 from layercache.plan import Plan
 from layercache.runtime._report import RunReport
 from layercache.runtime._session import OnMismatch, Session
-from layercache.runtime._surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops, loop_owners
+from layercache.runtime._surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops
 from layercache.runtime._trace import Trace
 
 

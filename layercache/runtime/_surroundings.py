@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
-
-from layercache.models._foreign import modular_blocks
 
 # Methods after which stored tensors belong to another model: of the transformer (diffusers' PEFT
 # mixin) and of the pipeline.
@@ -89,16 +87,3 @@ class Loops:
                 loop.on_end.append(on_end)
                 return loop
         return None
-
-
-def loop_owners(pipe: Any) -> Iterator[Any]:
-    """What has the progress bars of a pipeline: itself, or the loop blocks of a modular one."""
-    # `pipe.blocks` of a modular pipeline is a copy.
-    waiting = [pipe, modular_blocks(pipe)]
-    while waiting:
-        owner = waiting.pop()
-        if hasattr(owner, "progress_bar"):
-            yield owner
-        inside = getattr(owner, "sub_blocks", None)
-        if isinstance(inside, Mapping):
-            waiting += inside.values()

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from layercache._write import write_file
 from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats._difference import difference
-from layercache.stats._file import read_archive, write_archive, write_atomically
+from layercache.stats._file import archive_bytes, read_archive
 from layercache.stats._validation import ARRAYS, SHARED, check_stats
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "Group",
     "difference",
     "merge_all",
-    "write_atomically",
 ]
 
 FloatArray = NDArray[np.floating[Any]]
@@ -230,15 +230,19 @@ class CalibrationStats:
         result: FloatArray = np.exp(np.maximum.accumulate(mean[::-1])[::-1])
         return result
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file atomically: a reader sees the old file or the whole new one."""
+    def to_bytes(self) -> bytes:
+        """The contents of the file."""
         meta: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "groups": [asdict(group) for group in self.groups],
         }
         for name in _meta_fields():
             meta[name] = getattr(self, name)
-        write_archive(path, {name: getattr(self, name) for name in ARRAYS}, meta)
+        return archive_bytes({name: getattr(self, name) for name in ARRAYS}, meta)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file: a reader sees the old one or the whole new one, and links stay."""
+        write_file(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:

@@ -11,7 +11,6 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,15 +23,13 @@ _META = "meta"
 _MAX_META_BYTES = 16 * 2**20
 
 
-def write_archive(
-    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]
-) -> None:
-    """Write the file atomically: a reader sees the old file or the whole new one."""
+def archive_bytes(arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> bytes:
+    """The contents of the file."""
     text = json.dumps(meta, sort_keys=True, allow_nan=False).encode()
     buffer = io.BytesIO()
     members: dict[str, Any] = {**arrays, _META: np.frombuffer(text, dtype=np.uint8)}
     np.savez(buffer, **members)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_archive(
@@ -123,18 +120,3 @@ def _array(file: Any, info: zipfile.ZipInfo, path: str) -> NDArray[Any]:
     if len(data) != size:
         raise StatsError(f"{path}: {info.filename} is truncated")
     return np.frombuffer(data, dtype=dtype).reshape(shape)
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` beside `path` and move it into place; parents are made."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ def test_another_schedule_is_noticed_before_the_run(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(ModelMismatchError, match=r"setting.other_arguments.sigmas differs"):
         calibrate(pipe, FEW, call_kwargs=call, **options)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.02)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_karras_sigmas=True)
     with pytest.raises(ModelMismatchError, match=r"sigmas\[1\] differs"):
         calibrate(pipe, FEW, call_kwargs=tiny_arguments(), **options)
     assert len(list(tmp_path.iterdir())) == 1

@@ -152,3 +152,52 @@ def test_results_with_nan_are_refused(tmp_path: Path) -> None:
     broken = replace(made, uncached_seconds=math.nan)
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_artifacts(tmp_path, broken, {1.5: Plan.from_dict(example())}, PROMPTS, {}, title="T")
+
+
+def timed(share: float, speedup: float) -> Comparison:
+    made = comparison((2.0,))
+    ours = replace(made.rows[0], compute_share=share, speedup_measured=speedup)
+    return replace(made, rows=(ours, *made.rows[1:]))
+
+
+@pytest.mark.parametrize(
+    ("share", "speedup", "doubted"),
+    [
+        (0.5, 0.99, True), (0.5, 1.0, False), (0.73, 0.95, False), (0.25, 0.4, True),
+        (0.5, 2.4, False), (0.5, 2.6, True), (1.0, 1.2, False), (1.0, 1.3, True),
+    ],
+)  # fmt: skip
+def test_a_timing_that_cannot_be_right_is_flagged_and_not_shown(
+    share: float, speedup: float, doubted: bool
+) -> None:
+    made = timed(share, speedup)
+    data = made.to_dict()["rows"][0]
+    assert data["speedup_measured"] == speedup
+    assert (data["timing_doubt"] is not None) == doubted
+    assert all(row["timing_doubt"] is None for row in made.to_dict()["rows"][1:])
+    line = next(text for text in made.table().splitlines() if " layercache " in text)
+    page = html_report(made, {}, {}, {})
+    for text in (line, page):
+        assert ("unclear" in text) == doubted
+        assert f"{100 * share:.1f} %" in text
+    cell = f"<td>{speedup:.2f}x</td>"
+    assert (cell in page) != doubted
+    assert ("layercache at 2x was timed at" in made.table()) == doubted
+    pareto(made)
+
+
+def test_cells_are_bold_only_where_they_lead() -> None:
+    made = comparison((2.0,))
+    # The rival is better in the mean, equal in SSIM, and worse in its worst image.
+    rival = replace(made.rows[1], psnr_mean=99.0, psnr_worst=1.0)
+    rows = (made.rows[0], rival, *made.rows[2:])
+    page = html_report(replace(made, rows=rows), {}, {}, {})
+    found = {
+        match[1]: re.findall(r'class="best">([^<]*)<', match[2])
+        for match in re.finditer(r"<tr[^>]*><td>([\w-]+)</td>(.*?)</tr>", page)
+    }
+    worst = f"{made.rows[0].psnr_worst:.1f} dB"
+    assert found["layercache"] == [worst, "0.9900"]
+    assert found["layercache-published"] == ["99.0 dB", "0.9900"]
+    assert found["uniform"] == ["0.9900"]
+    assert re.findall(r"tr\.ours[^}]*font-weight", page) == [], "no row is bold as a whole"

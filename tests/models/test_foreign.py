@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import FlowMatchEulerDiscreteScheduler, ModularPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModularPipeline
 from diffusers.hooks import HookRegistry
 from torch import nn
 
@@ -96,6 +96,16 @@ def compiled() -> bool:
     return _foreign.compiled_from(wrapped) is module and _foreign.compiled_from(module) is None
 
 
+def bar() -> bool:
+    class Pipeline(DiffusionPipeline):
+        """Has nothing but its bar."""
+
+    pipe = Pipeline()
+    with _foreign.without_bar(pipe):
+        quiet = pipe.progress_bar([]).disable
+    return bool(quiet) and "_progress_bar_config" not in vars(pipe)
+
+
 PROBES: dict[str, Callable[[], bool]] = {
     "_begin_index": begin_index,
     "_blocks": lambda: "self._blocks = " in inspect.getsource(ModularPipeline.__init__),
@@ -107,6 +117,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "_hf_hook": offloaded,
     "_hf_peft_config_loaded": adapters,
     "_orig_mod": compiled,
+    "_progress_bar_config": bar,
     "_python_dispatch": lambda: inspect.isclass(_foreign.TorchDispatchMode),
     "_pytree": lambda: _foreign.tree_leaves(([1], {"a": 2})) == [1, 2],
     "_step_index": step_index,
