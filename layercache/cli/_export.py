@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from layercache._write import write_file
-from layercache.cli._options import FOLDER, OUT_FILE, PATH, REFERENCE, json_option, log, print_json
+from layercache.cli._options import PATH, REFERENCE, json_option, log, print_json
+from layercache.cli._out import OUT_FILE, OUT_FOLDER
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
 from layercache.plan import Plan
 
@@ -17,10 +18,8 @@ from layercache.plan import Plan
 @click.command()
 @click.argument("plan_file", type=PATH)
 @click.argument("model", required=False)
-@click.option("--scheduler", type=FOLDER, help="Folder for a diffusers scheduler that is the plan.")
-@click.option(
-    "--cache-dit", type=OUT_FILE, help="File for a step mask in cache-dit's configuration."
-)
+@click.option("--scheduler", type=OUT_FOLDER, help="Folder for a scheduler that is the plan.")
+@click.option("--cache-dit", type=OUT_FILE, help="File for a step mask of cache-dit.")
 @json_option
 def export(
     plan_file: Path,
