@@ -57,7 +57,6 @@ def main(model: str, folder: Path, groups: str, count: int, threads: int) -> Non
         num_inference_steps=steps,
         groups=int(groups) if groups.isdigit() else groups,
         lags=3,
-        probes=0,
         call_kwargs=arguments,
     )
     click.echo(paying(stats).table())

@@ -82,7 +82,7 @@ def noise_seed(identity: str) -> int:
 
 
 def arguments_digests(call_kwargs: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of the pipeline's arguments that a setting does not name, such as a negative prompt.
+    """Digests of the pipeline's arguments that a setting does not hold, such as embeddings.
 
     Objects such as callbacks have no identity that survives the process, and do not enter.
 
@@ -91,7 +91,8 @@ def arguments_digests(call_kwargs: Mapping[str, Any], named: Mapping[str, Any]) 
         named: The setting.
     """
     found = {}
-    for name in sorted(set(call_kwargs) - set(named) - _DECIDED):
+    held = set(named) | set(named.get("call", {}))
+    for name in sorted(set(call_kwargs) - held - _DECIDED):
         digest = hashlib.sha256()
         try:
             _feed(digest, call_kwargs[name])

@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from layercache._write import write_file
 from layercache.cli._options import PATH, REFERENCE, json_option, log, print_json
-from layercache.cli._out import OUT_FILE, OUT_FOLDER
+from layercache.cli._out import OUT_FILE, OUT_FOLDER, STDOUT, put
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
 from layercache.plan import Plan
 
@@ -36,6 +35,8 @@ def export(
     """
     if scheduler is None and cache_dit is None:
         raise click.UsageError("say what to write: --scheduler FOLDER, --cache-dit FILE, or both")
+    if as_json and cache_dit == STDOUT:
+        raise click.UsageError("--cache-dit - and --json both want stdout: name a file")
     plan = Plan.load(plan_file)
     written: dict[str, Any] = {}
     if scheduler is not None:
@@ -51,13 +52,15 @@ def export(
     if cache_dit is not None:
         config, lost = cache_dit_config(plan)
         text = json.dumps({"cache_config": config})
-        write_file(cache_dit, (text + "\n").encode())
+        put(cache_dit, (text + "\n").encode())
         written["cache_dit"] = {"file": str(cache_dit), "lost": lost}
     if as_json:
         print_json(written)
         return
     for part in written.values():
-        click.echo(f"wrote {part.get('folder') or part['file']}")
+        # What was written to stdout is all that stands there.
+        say = log if cache_dit == STDOUT else click.echo
+        say(f"wrote {part.get('folder') or part['file']}")
         for text in part["lost"]:
             log(f"lost: {text}")
 

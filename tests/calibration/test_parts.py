@@ -88,7 +88,7 @@ def test_another_schedule_is_noticed_before_the_run(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "num_inference_steps": 4, "groups": 2, "lags": 2, "parts": tmp_path, "progress": False,
     }  # fmt: skip
-    with pytest.raises(ModelMismatchError, match=r"setting.other_arguments.sigmas differs"):
+    with pytest.raises(ModelMismatchError, match=r"setting.call.sigmas differs"):
         calibrate(pipe, FEW, call_kwargs=call, **options)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_karras_sigmas=True)
     with pytest.raises(ModelMismatchError, match=r"sigmas\[1\] differs"):
@@ -125,7 +125,7 @@ def test_auto_groups_are_not_those_of_another_run(tmp_path: Path) -> None:
 def test_files_of_other_arguments_are_refused(tmp_path: Path) -> None:
     calibrate_tiny(tmp_path, FEW[:1])
     call = tiny_arguments(negative_prompt="a circle")
-    with pytest.raises(ModelMismatchError, match=r"other_arguments\.negative_prompt differs"):
+    with pytest.raises(ModelMismatchError, match=r"call\.negative_prompt differs"):
         calibrate(
             tiny_pipeline(), FEW[:1], parts=tmp_path, progress=False, num_inference_steps=4,
             groups=2, lags=2, call_kwargs=call,
