@@ -12,12 +12,17 @@ from layercache.models.adapters import adapter_for, blocks_of, check_signature, 
 from layercache.models.fingerprint import model_fingerprint, setting_of
 from layercache.models.gates import gate_of, is_compiled
 from layercache.plan import Plan
+from layercache.plan_set import PlanSet
 from layercache.runtime._run import PlanRun
 from layercache.runtime._session import OnMismatch
 
 
 def apply_plan(
-    pipe: Any, plan: Plan, *, component: str | None = None, on_mismatch: OnMismatch = "error"
+    pipe: Any,
+    plan: Plan | PlanSet,
+    *,
+    component: str | None = None,
+    on_mismatch: OnMismatch = "error",
 ) -> PlanRun:
     """Put a plan on a pipeline.
 
@@ -30,7 +35,9 @@ def apply_plan(
     Args:
         pipe: A diffusers pipeline whose scheduler has `sigmas`. Plans that cache groups need a
             transformer with an adapter, plans of whole steps do not.
-        plan: A `Plan` for this transformer.
+        plan: A `Plan` for this transformer, or a `PlanSet`: each run then takes the plan for its
+            noise levels, of several the one whose setting differs least, then the first; the report
+            says which.
         component: Which attribute of the pipeline the plan is for, if not the plan's own
             `component`. A pipeline with two experts takes one plan each.
         on_mismatch: What to do with a run whose noise levels are not the plan's (tolerance
@@ -55,14 +62,15 @@ def apply_plan(
         ...     image = pipe("a large red circle", **call_arguments()).images[0]
         >>> print(run.report())  # doctest: +SKIP
     """
-    if not isinstance(plan, Plan):
+    if not isinstance(plan, Plan | PlanSet):
         raise PlanError(
-            f"apply_plan takes a Plan, not a {type(plan).__name__}: "
+            f"apply_plan takes a Plan or a PlanSet, not a {type(plan).__name__}: "
             "read a file with Plan.load(path)"
         )
     if on_mismatch not in ("error", "compute"):
         raise LayerCacheError(f'on_mismatch={on_mismatch!r}; it is "error" or "compute"')
-    component = plan.component if component is None else component
+    plans = _plans(plan, component)
+    component = plans[0].component if component is None else component
     transformer = getattr(pipe, component, None)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedModelError(
@@ -81,9 +89,13 @@ def apply_plan(
             f"a plan is on this {type(transformer).__name__} already: remove that one first "
             "(handle.remove(), or leave its with block)"
         )
-    adapter = adapter_for(transformer, required=bool(plan.groups))
-    differences = plan.check(model_fingerprint(transformer), setting_of(pipe, component=component))
-    for group in plan.groups:
+    groups = [group for each in plans for group in each.groups]
+    adapter = adapter_for(transformer, required=bool(groups))
+    fingerprint, setting = model_fingerprint(transformer), setting_of(pipe, component=component)
+    # Of a set, what a run has otherwise than its own plan is said when it is made.
+    found = [each.check(fingerprint, setting) for each in plans]
+    differences = found[0] if len(plans) == 1 else []
+    for group in groups:
         block_list = adapter.block_list(str(group.block_list))
         for block in blocks_of(transformer, block_list)[group.start : group.stop]:
             check_signature(block_list, block)
@@ -92,7 +104,7 @@ def apply_plan(
             f"another cache of diffusers is on this {type(transformer).__name__}: call "
             "transformer.disable_cache() first"
         )
-    if plan.groups and is_compiled(transformer):
+    if groups and is_compiled(transformer):
         raise UnsupportedModelError(
             f"this {type(transformer).__name__} is compiled as a whole, so its blocks cannot be "
             "skipped one by one: compile the blocks instead, with "
@@ -104,7 +116,20 @@ def apply_plan(
             "hold: " + "; ".join(differences),
             stacklevel=2,
         )
-    run = PlanRun(pipe, component, plan, adapter, on_mismatch)
+    run = PlanRun(pipe, component, plans, adapter, on_mismatch)
     run.said(differences)
     run.install()
     return run
+
+
+def _plans(plan: Plan | PlanSet, component: str | None) -> tuple[Plan, ...]:
+    if isinstance(plan, Plan):
+        return (plan,)
+    named = component or plan.plans[0].component
+    mine = tuple(each for each in plan.plans if each.component == named)
+    if not mine:
+        raise PlanError(
+            f"the set has no plan for {named!r}; it has some for "
+            f"{sorted({each.component for each in plan.plans})}"
+        )
+    return mine

@@ -39,6 +39,12 @@ class Mode(Enum):
     PREDICT = 2
 
 
+def gate_positions(schedule: Schedule, span: tuple[int, int]) -> list[int]:
+    """Positions of the blocks of a group that need a gate: all, or where nothing is cached two."""
+    first, stop = span
+    return list(range(first, stop)) if any(schedule.cached) else sorted({first, stop - 1})
+
+
 class GroupRunner:
     """State of one group. `begin` is called before each forward of the model, `end` after it.
 
@@ -130,9 +136,7 @@ class GroupRunner:
     @property
     def positions(self) -> list[int]:
         """Positions in the list of the blocks that need a gate."""
-        if self.gated:
-            return list(range(self.first, self.stop))
-        return sorted({self.first, self.stop - 1})
+        return gate_positions(self.schedule, (self.first, self.stop))
 
     def handler(self, block: nn.Module, position: int) -> Handler:
         """The gate handler of the block at `position` of the list."""

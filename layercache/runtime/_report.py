@@ -46,7 +46,8 @@ class RunReport:
     `cache_bytes_seen` the peak between two steps. `steps_elsewhere` counts steps that the scheduler
     made without a call of this transformer, as with the two experts of Wan 2.2. `calls_seen` is the
     largest number of calls a step, next to the plan's branches. `other_calls` counts calls by other
-    pipelines, by class, since the plan was put on: those were computed in full.
+    pipelines, by class, since the plan was put on: those were computed in full. `plan` says which
+    plan of a set the run took.
     """
 
     steps_planned: int
@@ -62,6 +63,7 @@ class RunReport:
     calls_planned: int = 0
     calls_seen: int = 0
     other_calls: dict[str, int] = field(default_factory=dict)
+    plan: str = ""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -128,6 +130,8 @@ class RunReport:
             f"  {'unit':<{width}}  {'branch':<10}  computed (planned)  predicted (planned)"
             "  computing  predicting  held (planned)",
         ]
+        if self.plan:
+            lines.insert(1, f"  plan {self.plan}")
         for unit in self.units:
             for branch in unit.seen_computed:
                 lines.append(

@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +29,7 @@ from layercache.models.gates import Call, Gate, Handler, is_compiled
 from layercache.models.patching import Function, own_methods, wrap_method, wrappers
 from layercache.models.pipelines import loop_owners
 from layercache.plan import Plan
+from layercache.runtime._groups import gate_positions
 from layercache.runtime._report import RunReport
 from layercache.runtime._session import OnMismatch, Session
 from layercache.runtime._surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops
@@ -54,6 +55,7 @@ class _Context(threading.local):
     session: Session | None = None
     name: str | None = None
     told: int | None = None
+    off: bool = False
 
 
 class PlanRun:
@@ -64,9 +66,14 @@ class PlanRun:
     """
 
     def __init__(
-        self, pipe: Any, component: str, plan: Plan, adapter: Adapter, on_mismatch: OnMismatch
+        self,
+        pipe: Any,
+        component: str,
+        plans: Sequence[Plan],
+        adapter: Adapter,
+        on_mismatch: OnMismatch,
     ) -> None:
-        self.plan = plan
+        self.plans = tuple(plans)
         self.component, self.adapter, self.on_mismatch = component, adapter, on_mismatch
         self.transformer: nn.Module = getattr(pipe, component)
         self.context = _Context()
@@ -79,14 +86,16 @@ class PlanRun:
         self._mark = f"_layercache_{component}"
         self._root = Gate(self.transformer, self._forward)
         self._gates: list[Gate] = [self._root]
-        for number, runner in enumerate(self.main.groups):
-            declared = adapter.block_list(str(plan.groups[number].block_list))
-            blocks = blocks_of(self.transformer, declared)
-            self._gates += [
-                Gate(blocks[i], self._handler(number, blocks[i], i), declared.streams)
-                for i in runner.positions
-            ]
-        names = sorted({str(group.block_list) for group in plan.groups})
+        streams: dict[nn.Module, Sequence[str]] = {}
+        for each in self.plans:
+            for group in each.groups:
+                declared = adapter.block_list(str(group.block_list))
+                span = (group.start or 0, group.stop or 0)
+                blocks = blocks_of(self.transformer, declared)
+                for position in gate_positions(each.schedules[group.name], span):
+                    streams[blocks[position]] = declared.streams
+        self._gates += [Gate(block, self._handler(block), s) for block, s in streams.items()]
+        names = sorted({str(group.block_list) for plan in self.plans for group in plan.groups})
         self._trace = Trace(self.transformer, adapter, names) if names else None
         self._tracing = threading.Lock()
         self._undo: list[Callable[[], None]] = []
@@ -121,6 +130,11 @@ class PlanRun:
             for owner in (session.pipe, session.scheduler):
                 vars(owner).pop(self._mark, None)
         self._trace = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan; of several, that of the latest run."""
+        return self._latest.plan
 
     @property
     def active(self) -> bool:
@@ -186,6 +200,8 @@ class PlanRun:
     # -- calls of the transformer and of its blocks --------------------------------------------
 
     def _forward(self, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.context.off:
+            return inner(*args, **kwargs)
         if torch.is_grad_enabled():
             self.warn("gradients are enabled, so the model is computed in full: use torch.no_grad")
             return inner(*args, **kwargs)
@@ -254,14 +270,14 @@ class PlanRun:
                     "then apply it again"
                 )
 
-    def _handler(self, number: int, block: nn.Module, position: int) -> Handler:
+    def _handler(self, block: nn.Module) -> Handler:
         context = self.context
 
         def handle(inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             session = context.session
             if session is None:
                 return inner(*args, **kwargs)
-            return session.groups[number].call(block, position, inner, args, kwargs)
+            return session.block(block, inner, args, kwargs)
 
         return handle
 
@@ -293,7 +309,7 @@ class PlanRun:
         """`torch.compile` of the whole transformer takes the place of the gate at its root."""
         if vars(self.transformer).get(CALL_SLOT) is self._root:
             return
-        if self.plan.groups and is_compiled(self.transformer):
+        if any(plan.groups for plan in self.plans) and is_compiled(self.transformer):
             raise UnsupportedModelError(
                 f"the {type(self.transformer).__name__} was compiled as a whole while a plan was "
                 "on it: compile its blocks instead, with "
@@ -328,6 +344,21 @@ class PlanRun:
             )
 
     # -- for users -----------------------------------------------------------------------------
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within it, the calls of this thread are computed in full, as without a plan.
+
+        Example:
+            >>> with run.off():  # doctest: +SKIP
+            ...     reference = pipe("a large red circle").images[0]
+        """
+        context = self.context
+        outer, context.off = context.off, True
+        try:
+            yield
+        finally:
+            context.off = outer
 
     @property
     def held_bytes(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from layercache.models.stepping import (
     tap_step,
 )
 from layercache.models.tensors import map_tensors
+from layercache.plan import Plan
 from layercache.runtime._groups import Branch, GroupRunner
 from layercache.runtime._position import Position, compare_sigmas
 from layercache.runtime._record import STEP, Record
@@ -53,17 +55,12 @@ class Session:
 
     def __init__(self, run: PlanRun, pipe: Any) -> None:
         self.pipe, self.scheduler = pipe, pipe.scheduler
-        self.plan = run.plan
         self.run = run
         self._clock = Clock()
-        self._position = Position(self.scheduler, self.plan.sigmas)
+        self._position = Position(self.scheduler, run.plans[0].sigmas)
         self._record = Record()
-        unit = self.plan.step_unit
-        self.step_runner = (
-            StepRunner(self.plan.schedules[unit.name], self.plan.sigmas, self._note)
-            if unit is not None
-            else None
-        )
+        self.groups: list[GroupRunner] = []
+        self._use(run.plans[0])
         # Found out when the first run begins and the scheduler has its timesteps.
         self._solver = ""
         self._levels: tuple[float, ...] = ()
@@ -73,16 +70,6 @@ class Session:
         self._owned: int | None = None
         self._again = False
         self._forms: dict[Branch, Any] = {}
-        self.groups: list[GroupRunner] = []
-        self._blocks: dict[str, list[nn.Module]] = {}
-        for group in self.plan.groups:
-            declared = run.adapter.block_list(str(group.block_list))
-            span = (group.start or 0, group.stop or 0)
-            schedule = self.plan.schedules[group.name]
-            self.groups.append(
-                GroupRunner(group.name, declared, schedule, span, self._note, self._clock)
-            )
-            self._blocks[group.name] = blocks_of(run.transformer, declared)
         self._undo: list[Callable[[], None]] = []
         self._controlled = False
         self._caller: Any = None
@@ -92,6 +79,36 @@ class Session:
         self._computed: set[Branch] = set()
         # Steps that the scheduler made in a run in which this transformer was not called yet.
         self._unclaimed: tuple[Any, set[int]] = (None, set())
+
+    def _use(self, plan: Plan) -> None:
+        """Follow one of the run's plans."""
+        self.plan, run = plan, self.run
+        unit = plan.step_unit
+        self.step_runner = (
+            StepRunner(plan.schedules[unit.name], plan.sigmas, self._note)
+            if unit is not None
+            else None
+        )
+        self.groups, self._blocks = [], {}
+        self._runners: dict[nn.Module, tuple[GroupRunner, int]] = {}
+        for group in plan.groups:
+            declared = run.adapter.block_list(str(group.block_list))
+            span = (group.start or 0, group.stop or 0)
+            schedule = plan.schedules[group.name]
+            runner = GroupRunner(group.name, declared, schedule, span, self._note, self._clock)
+            blocks = blocks_of(run.transformer, declared)
+            self.groups.append(runner)
+            self._blocks[group.name] = blocks
+            self._runners |= {blocks[i]: (runner, i) for i in runner.positions}
+
+    def block(
+        self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of a block, which may be of a group of another plan of the set."""
+        if block not in self._runners:
+            return inner(*args, **kwargs)
+        runner, position = self._runners[block]
+        return runner.call(block, position, inner, args, kwargs)
 
     def install(self) -> None:
         """Follow the scheduler, and the progress bar around the pipeline's loop."""
@@ -199,6 +216,8 @@ class Session:
     def _begin_run(self, caller: Any, index: int) -> None:
         self.end()
         self.run.begins(self)
+        if len(self.run.plans) > 1:
+            self._use(self._chosen(caller))
         for group in self.groups:
             group.begin_run(self._blocks[group.name])
         if self.step_runner is not None:
@@ -238,9 +257,24 @@ class Session:
             self._mismatched(what)
         return what is None
 
+    def _chosen(self, caller: Any) -> Plan:
+        """Of several plans the first for these noise levels, nearest to this setting."""
+        sigmas = sigmas_of(self.scheduler)
+        fitting = [p for p in self.run.plans if compare_sigmas(p.sigmas, sigmas)[1] is None]
+        here = self._setting(caller)
+        return min(
+            fitting or self.run.plans,
+            key=lambda plan: (
+                abs(plan.num_steps - len(sigmas) + 1),
+                len(differences(plan.setting, here)),
+            ),
+        )
+
     def _mismatched(self, what: str) -> None:
         """The run under way is not the plan's: raise, or compute it in full."""
         self._controlled = False
+        if len(self.run.plans) > 1:
+            what += f" (the nearest of {len(self.run.plans)} plans)"
         if self.run.on_mismatch == "error":
             raise ModelMismatchError(
                 f"this run follows another noise schedule than the plan: {what}. Run with the "
@@ -252,14 +286,16 @@ class Session:
 
     def _compare_setting(self, caller: Any) -> None:
         """Note what this run's pipeline, scheduler and arguments have otherwise than the plan."""
-        held = getattr(caller, self.run.component, None) is self.run.transformer
-        pipe = caller if held else self.pipe
-        setting = self.plan.setting
-        here = {**setting_of(pipe, component=self.run.component), **call_setting(pipe)}
+        setting, here = self.plan.setting, self._setting(caller)
         # The shape of the latents says what the arguments were, however they were rounded.
         left_out = _SIZES if "latent_shape" in setting else frozenset()
         for text in differences(setting, here, left_out):
             self._note(text)
+
+    def _setting(self, caller: Any) -> dict[str, Any]:
+        held = getattr(caller, self.run.component, None) is self.run.transformer
+        pipe = caller if held else self.pipe
+        return {**setting_of(pipe, component=self.run.component), **call_setting(pipe)}
 
     def _begin_step(self, step: int) -> None:
         before = self._position.step
@@ -385,7 +421,13 @@ class Session:
 
     def report(self, others: Counter[str], timed: bool = True) -> RunReport:
         """What the latest run did; `others` are calls by other pipelines, by class."""
-        return self._record.report(self.plan, self.groups, self.step_runner, others, timed)
+        report = self._record.report(self.plan, self.groups, self.step_runner, others, timed)
+        if len(self.run.plans) < 2 or not report.runs:
+            return report
+        number = self.run.plans.index(self.plan)
+        speed = self.plan.predicted.speedup
+        text = f"{number} of {len(self.run.plans)}: {self.plan.num_steps} steps, {speed:.2f}x"
+        return replace(report, plan=text)
 
 
 def differences(
