@@ -50,9 +50,10 @@ class Size:
     repeats: int = 5
     timed: int = 400
     models: int | None = None
+    budgets: tuple[str, ...] = BUDGETS
 
 
-QUICK = Size(steps=5, batch=1, repeats=1, timed=3, models=2)
+QUICK = Size(steps=5, batch=1, repeats=1, timed=3, models=2, budgets=("1.1x",))
 
 
 class EmptyBlock(nn.Module):
@@ -140,7 +141,7 @@ def delivered(weights: Path, size: Size) -> dict[str, dict[str, float]]:
         seed=0, call_kwargs=fixed, progress=False,
     )  # fmt: skip
     plans: dict[str, Plan] = {}
-    for budget in BUDGETS:
+    for budget in size.budgets:
         plans[f"step {budget}"] = compile_plan(stats, budget, units=("step",))
         plans[f"groups {budget}"] = compile_plan(stats, budget, units=("groups",))
 

@@ -247,6 +247,36 @@ class Plan(JsonFile):
             return ": everything is computed, since no caching is foretold to keep it"
         return f": foretold to be kept at {self.predicted.speedup:.2f}x"
 
+    def _made_for(self) -> str:
+        """The run that the plan is for, as far as its setting tells."""
+        told = self.setting
+        parts = [f"{told.get('pipeline', self.model.class_name)}.{self.component}"]
+        size = told.get("pixels") or [told.get("width"), told.get("height")]
+        if isinstance(size, list) and all(isinstance(side, int) for side in size):
+            frames = f"x{told['num_frames']} frames" if told.get("num_frames") else ""
+            at = told.get("calibrated_pixels")
+            other = f" (calibrated at {'x'.join(map(str, at))})" if isinstance(at, list) else ""
+            parts.append("x".join(map(str, size)) + frames + other)
+        steps = f"{self.num_steps} steps of {told.get('scheduler', 'an unnamed scheduler')}"
+        shift = told.get("scheduler_shift", told.get("scheduler_flow_shift"))
+        if told.get("scheduler_use_dynamic_shifting"):
+            steps += " (shift by size)"
+        elif shift is not None:
+            steps += f" (shift {shift:g})" if isinstance(shift, int | float) else ""
+        parts.append(steps)
+        guidance = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "guider", "dtype")
+        parts += [f"{name} {told[name]}" for name in guidance if told.get(name) is not None]
+        return ", ".join(parts)
+
+    def _how_to_read(self) -> str:
+        """What the predicted figures are, and what they are not."""
+        count = self.provenance.get("calibration_prompts")
+        prompts = f"{count} calibration prompts" if isinstance(count, int) else "its calibration"
+        return (
+            f"foretold of {prompts}, which is no bound: single prompts can come out far lower "
+            "(`layercache eval` measures)"
+        )
+
     def summary(self) -> str:
         """The grid and the figures, for a person."""
         p = self.predicted
@@ -255,6 +285,7 @@ class Plan(JsonFile):
         lines = [
             f"Plan for {self.model.class_name}, {self.num_steps} steps, budget {self.budget}"
             + self._came_to(),
+            f"  made for: {self._made_for()}",
             f"  {'step':<{width}}  {ruler}",
         ]
         for unit in self.units:
@@ -270,6 +301,7 @@ class Plan(JsonFile):
             "  # computed   0 skipped or reused   1-9, a-z predicted with span K   . idle",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
             f"PSNR {psnr}, cache {p.cache_bytes / 2**20:.2f} MiB an image",
+            f"    {self._how_to_read()}",
             f"  measured: {self.measured or 'nothing'}",
             f"  certificate: {self.certificate}",
         ]

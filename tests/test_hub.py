@@ -31,7 +31,8 @@ def hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[dict[str, Any], Repositories]]:
     """What to pass to reach the stand-in, and what it holds."""
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    # The variable is read when the library is imported, which other tests may have done.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with running() as (endpoint, repositories):
         yield {"endpoint": endpoint, "token": "hf_x"}, repositories
 

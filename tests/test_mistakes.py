@@ -51,8 +51,14 @@ MISTAKES: list[tuple[int, str, str]] = [
     (FAILED, "compile nowhere.npz --budget 2x", "nowhere.npz"),
     (FAILED, "compile plan.json --budget 2x", "plan.json"),
     (FAILED, "compile stats.npz --budget 900x", "tightest"),
-    (FAILED, "compile stats.npz --budget 0.7 --units blocks", "groups"),
-    (FAILED, "compile stats.npz --budget 0.7 --forced 999", "999"),
+    (USAGE, "compile stats.npz --budget 0.7 --budget 0.5 --out plan.json", "{budget}"),
+    (USAGE, "compile stats.npz --budget 150%", "73%"),
+    (USAGE, "compile stats.npz --budget 40dB@110%", "40dB@10%"),
+    (USAGE, "compile stats.npz --budget 2x --size big", "1328x800"),
+    (USAGE, "compile stats.npz --budget 2x --size 64x64 --shift 3", "--shift"),
+    (USAGE, "compile stats.npz --budget 2x --steps 4 --sigmas 1,0.5,0", "--sigmas"),
+    (USAGE, "compile stats.npz --budget 0.7 --units blocks", "groups"),
+    (USAGE, "compile stats.npz --budget 0.7 --forced 999", "999"),
     (FAILED, "compile stats.npz --budget 0.7 --sigmas 0,1", "sigmas"),
     (USAGE, "merge", "FILES"),
     (USAGE, "merge empty", "empty"),
@@ -81,15 +87,28 @@ MISTAKES: list[tuple[int, str, str]] = [
     (USAGE, f"calibrate {TINY} --prompts empty.txt", "one a line"),
     (USAGE, f"calibrate {TINY} --prompts folder", "folder"),
     (FAILED, f"calibrate {TINY} --prompts nowhere.txt", "nowhere.txt"),
-    (FAILED, f"calibrate {TINY} --groups x", "blocks"),
+    (USAGE, f"calibrate {TINY} --groups x", "blocks"),
     (FAILED, f"calibrate {TINY} --groups 9", "1 to 4"),
     (USAGE, f"calibrate {TINY} --steps 0", "--steps"),
     (USAGE, f"calibrate {TINY} --mode fast", "residual"),
     (USAGE, f"calibrate {TINY} --max-memory much", "12GB"),
     (USAGE, f"calibrate {TINY} --shard 2/2", "--shard"),
     (USAGE, f"calibrate {TINY} --out folder", "folder"),
-    (FAILED, f"""calibrate {TINY} --call '{{"num_inference_steps": 7}}'""", "call_kwargs"),
-    (FAILED, f"""calibrate {TINY} --call '{{"height": "tall"}}'""", "--call"),
+    (FAILED, f"calibrate {TINY} --component transformer_2", "transformer_2"),
+    (USAGE, f"""calibrate {TINY} --call '{{"num_inference_steps": 7}}'""", "--steps"),
+    (USAGE, f"""calibrate {TINY} --call '{{"height": "tall"}}'""", "int"),
+    (USAGE, f"""calibrate {TINY} --call '{{"latents": [1]}}'""", "Python"),
+    (USAGE, f"""calibrate {TINY} --call '{{"callback_on_step_end": 1}}'""", "Python"),
+    (USAGE, f"""calibrate {TINY} --call '{{"prompt": "a"}}'""", "--prompts"),
+    (USAGE, f"""calibrate {TINY} --call '{{"generator": 1}}'""", "--seed"),
+    (USAGE, f"""calibrate {TINY} --call '{{"prompt_2": "a"}}'""", "prompt"),
+    (USAGE, f"calibrate {TINY} --scheduler FluxPipeline", "Scheduler"),
+    (USAGE, f"calibrate {TINY} --device meta", "meta"),
+    (FAILED, "calibrate ./nowhere --prompts prompts.txt", "nowhere"),
+    (FAILED, "calibrate notmodel --prompts prompts.txt", "diffusers"),
+    (FAILED, "calibrate empty --prompts prompts.txt", "model_index.json"),
+    (FAILED, "calibrate a/b/c --prompts prompts.txt", "hub"),
+    (FAILED, "calibrate nobody/nothing --prompts prompts.txt", "nobody/nothing"),
     (USAGE, "refine plan.json", "--stats"),
     (FAILED, "refine nowhere.json --stats stats.npz", "nowhere.json"),
     (USAGE, "refine plan.json --stats stats.npz --count 1", "--count"),
@@ -115,6 +134,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.npz").write_bytes(stats.to_bytes()[:-400])
     (folder / "text.npz").write_text("hello")
     (folder / "empty.txt").write_text("\n")
+    (folder / "prompts.txt").write_text("a large red circle\n")
+    (folder / "notmodel").mkdir()
+    (folder / "notmodel" / "model_index.json").write_text("{}")
     (folder / "folder").mkdir()
     (folder / "empty").mkdir()
     return folder

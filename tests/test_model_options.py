@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from click.testing import CliRunner, Result
 from layercache import Plan, compile_plan
 from layercache.calibration import calibrate
 from layercache.cli import main
-from layercache.cli._model import _dtype_for
+from layercache.cli._model import _dtype_for, _may_be
 from layercache.runtime import apply_plan, check_run
 from tests.pipelines.entry import Entry
 from tests.pipelines.registry import ENTRIES
@@ -74,6 +76,88 @@ def test_eval_runs_the_call_of_the_plan(work: Path) -> None:
         "eval", work / "plan.json", "--pipe", MODEL, "--prompts", work / "prompts.txt", "--json"
     )
     assert json.loads(result.stdout)["rows"][0]["method"] == "layercache"
+
+
+def test_check_warns_of_another_size(work: Path) -> None:
+    result = succeeded("check", work / "plan.json", MODEL, "--call", '{"height": 96}', "--json")
+    assert json.loads(result.stdout)["warnings"] == ["height is 64 in the plan and 96 here"]
+
+
+def test_check_refuses_another_size_where_the_shift_follows_from_it(tmp_path: Path) -> None:
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dynamic_shifting": True}))
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    stats, plan, wide = (tmp_path / name for name in ("stats.npz", "plan.json", "wide.json"))
+    succeeded(
+        "calibrate", model, "--prompts", tmp_path / "prompts.txt", "--steps", 4, "--groups", 2,
+        "--lags", 1, "--mode", "residual", "--call", CALL, "--out", stats,
+    )  # fmt: skip
+    succeeded("compile", stats, "--budget", "0.75", "--out", plan)
+    larger = ("--call", '{"width": 128}')
+    assert succeeded("check", plan, model).exit_code == 0
+    assert run("check", plan, model, *larger).exit_code == 3
+    assert run("eval", plan, model, *larger, "--prompts", tmp_path / "prompts.txt").exit_code == 3
+    # The same statistics make a plan for it.
+    succeeded("compile", stats, "--budget", "0.75", "--size", "128x64", "--out", wide)
+    assert json.loads(succeeded("check", wide, model, "--json").stdout)["warnings"] == []
+    assert run("check", wide, model, "--call", '{"width": 64}').exit_code == 3
+
+
+@pytest.mark.parametrize("command", ["eval", "refine"])
+def test_a_run_that_the_plan_refuses_is_refused_before_it_is_computed(
+    work: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusers.FluxTransformer2DModel, "forward", never)
+    more = ("--stats", work / "stats.npz") if command == "refine" else ()
+    prompts = ("--prompts", work / "prompts.txt")
+    changed = ("--call", '{"num_inference_steps": 7}')
+    result = run(command, work / "plan.json", MODEL, *more, *prompts, *changed)
+    assert result.exit_code == 3 and "7 steps" in result.stderr
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("computed")
+
+
+def test_inspect_says_what_a_plan_is_for(work: Path) -> None:
+    made_for, read = (
+        next(
+            line
+            for line in succeeded("inspect", work / "plan.json").stdout.splitlines()
+            if part in line
+        )
+        for part in ("made for", "foretold")
+    )
+    for part in (
+        "FluxPipeline.transformer", "64x64", "6 steps of FlowMatchEulerDiscreteScheduler (shift 2)",
+        "guidance_scale 1.0", "float32",
+    ):  # fmt: skip
+        assert part in made_for
+    assert "2 calibration prompts" in read and "no bound" in read
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"pixels": 3, "width": "a", "scheduler_shift": "b"}, {"pixels": [1], "num_frames": {}}],
+)
+def test_inspect_of_a_plan_with_a_strange_setting(work: Path, setting: dict[str, Any]) -> None:
+    plan = Plan.load(work / "plan.json").model_copy(update={"setting": setting})
+    assert "made for" in plan.summary()
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "possible"),
+    [
+        (64, int | None, True), (64, float, True), ("64", int, False), (None, int, True),
+        (["a"], str | list[str], True), ([1], list[torch.Tensor], False),
+        ({"scale": 1}, dict[str, Any] | None, True), (1, torch.Tensor, False),
+        (1, "Callable[[int, int], None]", False), ("a", inspect.Parameter.empty, True),
+        (True, bool, True), ([64, 64], tuple[int, int], True),
+    ],
+)  # fmt: skip
+def test_what_json_can_hold_of_an_argument(value: Any, annotation: Any, possible: bool) -> None:
+    assert _may_be(value, annotation) is possible
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from layercache.cli._options import (
     expand_folders,
     json_option,
     log,
+    parse_groups,
     parse_shard,
     parse_size,
     print_json,
@@ -74,7 +75,14 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 @click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
 @click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option(
+    "--component",
+    default="transformer",
+    show_default=True,
+    help="Which of two transformers, such as transformer_2 of Wan 2.2.",
+)
+@click.option(
     "--groups",
+    callback=parse_groups,
     help='A number, "blocks" (one a block), ranges such as "0:4,4:28,28:32", "auto" or "auto:N"; 0 '
     "for plans of whole steps alone.  [default: 4, or 0 where the model has no adapter]",
 )
@@ -103,6 +111,7 @@ def calibrate(
     prompt_file: Path | None,
     count: int | None,
     steps: int,
+    component: str,
     groups: str | None,
     lags: int,
     seed: int,
@@ -124,6 +133,8 @@ def calibrate(
     from layercache.calibration import calibrate as run
     from layercache.calibration.sharding import is_main_process, local_device
 
+    if "num_inference_steps" in model.call:
+        raise click.UsageError("--call: leave 'num_inference_steps' out; --steps says it")
     prompts = read_prompts(prompt_file, model.name, "calibration", count or 8, limit=count)
     pipe = model.load(local_device())
     arguments = model.arguments(pipe)
@@ -134,6 +145,7 @@ def calibrate(
         pipe,
         prompts,
         num_inference_steps=steps,
+        component=component,
         groups=groups,
         lags=lags,
         seed=seed,

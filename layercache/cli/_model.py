@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,23 @@ from layercache.plan import Plan
 DTYPES = ("float32", "bfloat16", "float16")
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MOST_HEADER = 100 * 2**20
+_DECIDED = {
+    "prompt": "prompts come from --prompts FILE",
+    "generator": "the noise follows from --seed and the prompt",
+    "output_type": "what is compared is decided by the command",
+    "return_dict": "what is compared is decided by the command",
+}
+"""Arguments of a pipeline's call that are not the user's to give, and what says them instead."""
+_KINDS: dict[type, set[str]] = {
+    bool: {"bool"},
+    int: {"int", "float"},
+    float: {"int", "float"},
+    str: {"str"},
+    list: {"list", "tuple", "sequence"},
+    dict: {"dict", "mapping"},
+}
+"""Words of an annotation that a JSON value satisfies."""
+_PLAIN = {"bool", "int", "float", "str", "dict", "mapping"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,8 @@ class Model:
             pipe.scheduler = _scheduler(self.scheduler, pipe.scheduler)
         for name in self.lora:
             _load_lora(pipe, name)
+        if self.is_reference:
+            log(f"the reference model on {place}")
         if self.offload == "model":
             pipe.enable_model_cpu_offload(device=place)
         elif self.offload == "sequential":
@@ -61,6 +81,19 @@ class Model:
         elif place != "cpu":
             pipe.to(place)
         return pipe
+
+    def under(self, plan: Plan, prompt: str) -> tuple[Any, dict[str, Any]]:
+        """The pipeline, and the arguments of its call, once a run has begun under a plan.
+
+        Raises:
+            ModelMismatchError: The plan is for another model or another run.
+        """
+        from layercache.runtime import check_run
+
+        pipe = self.load()
+        arguments = self.arguments(pipe, plan)
+        check_run(pipe, plan, {"prompt": prompt} | arguments)
+        return pipe, arguments
 
     def arguments(self, pipe: Any, plan: Plan | None = None) -> dict[str, Any]:
         """Of the pipeline's call: those of the plan, and `--call` over them."""
@@ -88,7 +121,10 @@ class Model:
             kind = torch.device(self.device).type
         except RuntimeError as error:
             raise click.UsageError(f"--device {self.device!r} is no device of torch") from error
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        there = {
+            "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "meta": False,
+        }  # fmt: skip
         if not there.get(kind, True):
             raise click.UsageError(
                 f"--device {self.device}: this torch ({torch.__version__}) finds none; leave the "
@@ -110,9 +146,11 @@ class Model:
         import torch
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
+        from transformers.utils import logging as weights_logging
 
         if not progress():
             logging.disable_progress_bar()
+            weights_logging.disable_progress_bar()
         options = {
             key: value
             for key, value in (("variant", self.variant), ("revision", self.revision))
@@ -212,10 +250,10 @@ def _dtype_for(folder: Path, device: str) -> str:
 def _scheduler(name: str, current: Any) -> Any:
     import diffusers
 
-    kind = getattr(diffusers, name, None)
-    if kind is None or not hasattr(kind, "from_config"):
-        known = [found for found in dir(diffusers) if found.endswith("Scheduler")]
+    known = [found for found in dir(diffusers) if found.endswith("Scheduler")]
+    if name not in known or not hasattr(getattr(diffusers, name), "from_config"):
         raise click.UsageError(f"--scheduler {name!r}: {_nearest(name, known, 'diffusers has')}")
+    kind = getattr(diffusers, name)
     # Samplers that were made for other models have to be told that this one predicts velocities.
     known_options = inspect.signature(kind).parameters
     flow: dict[str, Any] = {}
@@ -235,18 +273,44 @@ def _load_lora(pipe: Any, name: str) -> None:
 
 
 def _check_call(pipe: Any, call: Mapping[str, Any]) -> None:
-    """Refuse arguments that the pipeline's call does not have."""
+    """Refuse arguments that the pipeline's call does not have, or that are not the user's to give.
+
+    Raises:
+        click.UsageError: Names the argument, and what there is.
+    """
+    for key in call:
+        if key in _DECIDED:
+            raise click.UsageError(f"--call: leave {key!r} out; {_DECIDED[key]}")
     parameters = inspect.signature(type(pipe).__call__).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
-    for key in call:
+    for key, value in call.items():
         if key not in parameters:
             raise click.UsageError(
                 f"--call: {type(pipe).__name__} takes no {key!r}; "
                 + _nearest(key, [name for name in parameters if name != "self"], "it has")
             )
+        if not _may_be(value, parameters[key].annotation):
+            raise click.UsageError(
+                f"--call: {key!r} of {type(pipe).__name__} cannot be {json.dumps(value)}; it takes "
+                f"{_written(parameters[key].annotation)}. What JSON cannot hold is given in Python"
+            )
+
+
+def _may_be(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value is of an annotated kind, as far as that can be told from its text."""
+    words = set(re.findall(r"[a-z]+", _written(annotation).lower()))
+    if value is None or words & {"any", "empty"}:
+        return True
+    if "callable" in words or not words & _PLAIN:
+        return False
+    return bool(words & _KINDS[type(value)])
+
+
+def _written(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _nearest(name: str, known: list[str], has: str) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"{has} {', '.join(near)}" if near else f"{has} {len(known)} others"
+    return f"{has} {', '.join(near or [*known[:3], f'{max(len(known) - 3, 0)} others'])}"

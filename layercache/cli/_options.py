@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import click
 from layercache._json import parse
 from layercache.cli._needs import install, require
 from layercache.cli._out import STDOUT, put
-from layercache.errors import LayerCacheError, ModelMismatchError
+from layercache.errors import LayerCacheError, ModelMismatchError, OptionError
 from layercache.plan import Plan
 
 REFERENCE = "reference"
@@ -108,9 +109,13 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warned
+                return super().invoke(ctx)
         except click.UsageError as error:
             raise WrongUsage(error, ctx.command_path) from error
+        except OptionError as error:
+            raise WrongUsage(click.UsageError(str(error)), _path(ctx)) from error
         except ModelMismatchError as error:
             raise Mismatch(str(error)) from error
         except LayerCacheError as error:
@@ -133,6 +138,16 @@ class Commands(click.Group):
             if told is None:
                 raise
             raise Failure(told) from error
+
+
+def _path(ctx: click.Context) -> str:
+    """The command as it was called."""
+    return f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip()
+
+
+def _warned(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning without the line of code that it comes from."""
+    log(f"warning: {str(message).removeprefix('LayerCache: ')}")
 
 
 def _close_stdout() -> None:
@@ -167,6 +182,20 @@ def parse_shard(
     if match is None or not int(match[1]) < int(match[2]):
         raise click.BadParameter(f"{value!r} is not i/n with i from 0 to n-1", ctx, param)
     return int(match[1]), int(match[2])
+
+
+def parse_groups(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Option callback: groups as they are written; whether the model has them is seen later."""
+    if value is None:
+        return None
+    span = r"(\w+\[\d+:\d+\]|\d+:\d+)"
+    if re.fullmatch(rf" *(\d+|blocks|auto(:\d+)?|{span}( *, *{span})*) *", value) is None:
+        raise click.BadParameter(
+            f'{value!r}: give a number, "blocks" (one a block), "auto", "auto:N", or ranges such '
+            "as 0:4,4:28",
+            ctx, param,
+        )  # fmt: skip
+    return value
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:

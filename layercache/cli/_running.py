@@ -48,8 +48,7 @@ def refine(
 
     prompts = read_prompts(prompt_file, model.name, "calibration", count or 8, limit=count)
     plan = Plan.load(plan_file)
-    pipe = model.load()
-    arguments = model.arguments(pipe, plan)
+    pipe, arguments = model.under(plan, prompts[0])
     plan = refine_plan(
         pipe,
         plan,
@@ -94,8 +93,7 @@ def evaluate(
 
     plan = Plan.load(plan_file)
     prompts = read_prompts(prompt_file, model.name, "held-out", count or 16, limit=count)
-    pipe = model.load()
-    arguments = model.arguments(pipe, plan)
+    pipe, arguments = model.under(plan, prompts[0])
     comparison = evaluate_plan(
         pipe,
         plan,

@@ -56,4 +56,16 @@ def check_run(pipe: Any, plan: Plan, arguments: Mapping[str, Any]) -> list[str]:
                 free_models(pipe)
             finally:
                 hook.remove()
-            return list(run.report().problems)
+            return [*run.report().problems, *_other_size(plan.setting, arguments)]
+
+
+def _other_size(planned: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    """Sizes that are asked for and are not the plan's; latents, which would tell, are not made."""
+    pixels = planned.get("pixels")
+    rounded = pixels if isinstance(pixels, list) and len(pixels) == 2 else [None, None]
+    found = []
+    for name, made in (("width", rounded[0]), ("height", rounded[1]), ("num_frames", None)):
+        known = [value for value in (planned.get(name), made) if value is not None]
+        if known and arguments.get(name) is not None and arguments[name] not in known:
+            found.append(f"{name} is {known[0]!r} in the plan and {arguments[name]!r} here")
+    return found
