@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from layercache.calibration.prompts import Batch, noise_seed
 from layercache.errors import UnsupportedModelError
-from layercache.models.gates import Call, Gate, is_compiled
+from layercache.models.gates import Call, Gate, gate_of, is_compiled
 from layercache.models.patching import wrap_method
 from layercache.models.pipelines import components_of, free_models, run_pipeline
 from layercache.models.stepping import moved_sample, with_sample
@@ -81,7 +81,7 @@ class Stage:
                     f"{type(pipe).__name__} has no model {name!r}: component= names one of "
                     + ", ".join(sorted(modules))
                 )
-            if is_compiled(modules[name]):
+            if is_compiled(modules[name]) or gate_of(modules[name]) is not None:
                 raise UnsupportedModelError(
                     f"this {type(modules[name]).__name__} is compiled as a whole, or a plan is on "
                     "it: calibrate before compiling, compile its blocks alone "

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from layercache import ModelMismatchError, Plan, PlanError, PlanSet, compile_plan
+from layercache import (
+    ModelMismatchError,
+    Plan,
+    PlanError,
+    PlanSet,
+    UnsupportedModelError,
+    compile_plan,
+)
 from layercache.calibration import calibrate
 from layercache.runtime import apply_plan
 from layercache.stats import CalibrationStats
@@ -109,3 +116,9 @@ def test_off_computes_in_full_and_on_again_as_before(pipe: Any, plans: dict[str,
             assert torch.equal(image(pipe, 4), image(pipe, 4)), "other schedules are no error"
         assert torch.equal(image(pipe, 6), cached)
     assert torch.equal(image(pipe, 6), plain)
+
+
+def test_a_pipeline_with_a_plan_on_it_is_not_calibrated(pipe: Any, plans: dict[str, Plan]) -> None:
+    call = {k: v for k, v in arguments(6).items() if k not in ("generator", "num_inference_steps")}
+    with apply_plan(pipe, plans["six groups"]), pytest.raises(UnsupportedModelError):
+        calibrate(pipe, [PROMPT], num_inference_steps=6, call_kwargs=call, progress=False)
