@@ -19,10 +19,10 @@ from layercache.errors import LayerCacheError
 @click.command()
 @click.option(
     "--scenario",
-    type=click.Choice(["main", "second", "both"]),
-    default="both",
+    type=click.Choice([*SCENARIOS, "all"]),
+    default="all",
     show_default=True,
-    help="50 steps with guidance, 28 steps without, or one after the other.",
+    help="50 steps with guidance, 28 steps without, the second model, or one after the other.",
 )
 @click.option("--quick", is_flag=True, help="Few prompts and settings; a few minutes.")
 @click.option("--methods", help="Only these methods, with commas between; the default is all.")
@@ -66,8 +66,8 @@ def bench(
     """Compare LayerCache with every rival at equal measured speed, on the reference model."""
     size = QUICK if quick else BenchSize()
     size = size if rounds is None else replace(size, rounds=rounds)
-    chosen = [MAIN] if quick and scenario == "both" else None
-    chosen = chosen or [s for name, s in SCENARIOS.items() if scenario in (name, "both")]
+    chosen = [MAIN] if quick and scenario == "all" else None
+    chosen = chosen or [s for name, s in SCENARIOS.items() if scenario in (name, "all")]
     if ablation:
         table = run_ablation(out, chosen[0], size, weights=weights, results=results, log=log)
         if as_json:

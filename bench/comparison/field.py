@@ -38,7 +38,6 @@ from layercache.evaluation.peers.meancache import candidate_schedules
 from layercache.evaluation.peers.uniform import uniform_steps
 from layercache.options import Options
 from layercache.plan import COMPUTED, Budget, Plan
-from layercache.reference import prompts
 from layercache.refine import refine_plan
 from layercache.stats import CalibrationStats
 
@@ -99,7 +98,7 @@ def _refine(inputs: Inputs, plan: Plan) -> dict[str, Any]:
         inputs.pipe,
         plan,
         inputs.stats(),
-        prompts("calibration", inputs.size.calibration),
+        inputs.scenario.prompts("calibration", inputs.size.calibration),
         seed=SEEDS["calibration"],
         call_kwargs=inputs.scenario.arguments(),
         log=inputs.log,

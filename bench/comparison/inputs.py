@@ -12,7 +12,6 @@ from bench.comparison.store import Store
 from layercache.calibration import calibrate
 from layercache.calibration.prompts import Batch
 from layercache.evaluation._trajectories import Trajectories, collect_trajectories
-from layercache.reference import prompts
 from layercache.stats import CalibrationStats
 
 GROUPS = 4
@@ -51,7 +50,7 @@ class Inputs:
             self.log(f"calibrating {count} prompts in {groups or 'as many as blocks'} groups")
             calibrate(
                 self.pipe,
-                prompts("calibration", count),
+                self.scenario.prompts("calibration", count),
                 num_inference_steps=self.scenario.steps,
                 groups=groups,
                 mode=mode,

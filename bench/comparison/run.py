@@ -33,7 +33,6 @@ from layercache._write import write_file
 from layercache.errors import LayerCacheError
 from layercache.evaluation._latency import run_once
 from layercache.evaluation.methods import Uncached
-from layercache.reference import prompts
 
 Log = Callable[[str], None]
 
@@ -176,7 +175,7 @@ class _Runner:
             result,
             self.measuring.references(),
             lambda family, label: self.measuring.images(named[family, label]),
-            prompts("held-out", self.size.held_out),
+            self.scenario.prompts("held-out", self.size.held_out),
         )
         made = {f"curves-{self.scenario.name}": speed_curves(result.curves, result.targets)}
         return made if sheet is None else made | {f"sheet-{self.scenario.name}": sheet}

@@ -8,6 +8,9 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from bench.training.sample import call_arguments as picture_arguments
+from bench.training.sample import held_out_captions, load_model, training_captions
+from bench.training.state import read_names
 from layercache.calibration.prompts import Batch, batches
 from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.reference.pipeline import GUIDANCE, SHIFT, STEPS, WEIGHTS
@@ -18,6 +21,7 @@ TARGETS = (1.37, 1.71, 2.0, 3.0, 4.0)
 
 SEEDS: dict[Split, int] = {"calibration": 0, "validation": 1, "held-out": 2}
 
+PICTURES = Path(__file__).parents[1] / "models" / "pictures"
 _AROUND = (0.94, 1.06)
 _BEYOND = 1.22
 _ALIKE = 1.05
@@ -25,12 +29,16 @@ _ALIKE = 1.05
 
 @dataclass(frozen=True)
 class Scenario:
-    """A way to use the model: number of steps, guidance scale (1 is off), shift of the sigmas."""
+    """A model and a way to use it: number of steps, guidance scale (1 is off), shift of the sigmas.
+
+    The model is `"first"`, which ships with the package, or `"pictures"` (`bench/models/pictures`).
+    """
 
     name: str
     steps: int
     guidance: float
     shift: float
+    model: str = "first"
 
     @property
     def branches(self) -> int:
@@ -41,30 +49,48 @@ class Scenario:
     def title(self) -> str:
         """In words."""
         guided = f"guidance {self.guidance:g}" if self.guidance > 1 else "no guidance"
-        return f"{self.steps} steps, {guided}, shift {self.shift:g}"
+        which = "" if self.model == "first" else f"{self.model}: "
+        return f"{which}{self.steps} steps, {guided}, shift {self.shift:g}"
 
     def load(self, weights: Path | None = None) -> Any:
-        """The reference pipeline with this scenario's scheduler."""
-        pipe = load_pipeline(weights or WEIGHTS)
+        """The pipeline with this scenario's scheduler."""
+        pipe = load_pipeline(weights or WEIGHTS) if self.model == "first" else load_model(PICTURES)
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
         return pipe
 
     def arguments(self) -> dict[str, Any]:
         """Of a pipeline call, without its prompt and generator."""
-        arguments = call_arguments(num_inference_steps=self.steps, true_cfg_scale=self.guidance)
+        setting: dict[str, Any] = {
+            "num_inference_steps": self.steps,
+            "true_cfg_scale": self.guidance,
+        }
+        if self.model == "first":
+            arguments = call_arguments(**setting)
+        else:
+            arguments = picture_arguments([0], negative_prompt="", **setting)
         del arguments["generator"]
         if self.branches == 1:
             del arguments["negative_prompt"]
         return arguments
 
+    def prompts(self, split: Split, count: int) -> list[str]:
+        """The first prompts of a split."""
+        if self.model == "first":
+            return prompts(split, count)
+        _, names = read_names(PICTURES)
+        if split == "held-out":
+            return held_out_captions(names, count, seed=SEEDS[split])
+        return training_captions(names, count, seed=SEEDS[split])
+
     def work(self, split: Split, count: int, size: int) -> list[Batch]:
         """The first prompts of a split, `size` a call, with the seed of the split."""
-        return batches(prompts(split, count), SEEDS[split], size, self.arguments())
+        return batches(self.prompts(split, count), SEEDS[split], size, self.arguments())
 
 
 MAIN = Scenario("main", STEPS, GUIDANCE, SHIFT)
 SECOND = Scenario("second", 28, 1.0, 2.0)
-SCENARIOS = {scenario.name: scenario for scenario in (MAIN, SECOND)}
+THIRD = Scenario("pictures", 28, 3.0, 2.0, "pictures")
+SCENARIOS = {scenario.name: scenario for scenario in (MAIN, SECOND, THIRD)}
 
 
 @dataclass(frozen=True)
