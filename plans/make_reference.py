@@ -1,7 +1,7 @@
 """Write the plans of the reference model that ship: `python plans/make_reference.py`.
 
-Calibrated on 16 prompts, compiled for 1.37x, 2x, 3x and 4x, and measured on 16 held-out prompts, which
-nothing was fitted to or chosen by. Takes about ten minutes on two cores.
+Calibrated on 16 prompts, compiled for 1.37x, 2x, 3x and 4x, and measured on 16 held-out prompts, to
+which nothing was fitted and by which nothing was chosen. About ten minutes on two cores.
 """
 
 from __future__ import annotations
