@@ -49,12 +49,12 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "evaluation": {
-        "errors", "_json", "_write", "stats", "options", "costs", "plan", "prediction", "choices",
+        "choices", "errors", "_json", "_write", "stats", "options", "costs", "plan", "prediction", "choices",
         "models",
         "compile", "calibration", "runtime", "reference", "refine",
     },
     "cli": {
-        "errors", "_json", "_write", "stats", "options", "plan", "plan_set", "compile",
+        "choices", "errors", "_json", "_write", "stats", "options", "plan", "plan_set", "compile",
         "prediction", "retarget", "models", "calibration", "runtime", "evaluation", "reference",
         "refine",
     },

@@ -160,6 +160,30 @@ def test_what_json_can_hold_of_an_argument(value: Any, annotation: Any, possible
     assert _may_be(value, annotation) is possible
 
 
+def test_eval_records_what_it_measured(work: Path) -> None:
+    arguments = ("eval", work / "plan.json", MODEL, "--prompts", work / "prompts.txt")
+    succeeded(*arguments, "--record", work / "measured.json")
+    plan, before = Plan.load(work / "measured.json"), Plan.load(work / "plan.json")
+    assert plan.measured is not None and not plan.measured.calibration_prompts
+    assert plan.measured.images == len(PROMPTS)
+    assert plan.model_copy(update={"measured": None}) == before
+
+
+def test_a_trial_keeps_the_measured_best(work: Path) -> None:
+    result = succeeded(
+        "trial", work / "stats.npz", MODEL, "--budget", "0.7", "--prompts", work / "prompts.txt",
+        "--out", work / "best.json", "--json",
+    )  # fmt: skip
+    told = json.loads(result.stdout)
+    best = Plan.load(work / "best.json").measured
+    assert best is not None and best.calibration_prompts
+    assert best.model_dump(mode="json") == told["measured"][told["best"]]
+    fastest = max(seen["speedup"] for seen in told["measured"].values())
+    fair = [s for s in told["measured"].values() if s["speedup"] >= 0.95 * fastest]
+    assert best.psnr_db == max(seen["psnr_db"] for seen in fair)
+    assert "generations" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "needle"),
     [

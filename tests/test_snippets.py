@@ -94,7 +94,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 def shortened(words: list[str], weights: Path) -> list[str]:
     """A command with few steps, and on the reference model with tiny weights."""
     command, *rest = words[1:]
-    runs = command in ("calibrate", "check", "eval", "refine")
+    runs = command in ("calibrate", "check", "eval", "refine", "trial")
     if runs and "model" not in rest:
         rest += ["--weights", str(weights)]
         if "--count" in rest:

@@ -34,6 +34,7 @@ from layercache.cli._options import (
 from layercache.cli._out import OUT_FILE, OUT_FOLDER, STDOUT, put
 from layercache.cli._running import evaluate, refine
 from layercache.cli._sharing import bundle, explore, push
+from layercache.cli._trial import trial
 from layercache.errors import LayerCacheError
 from layercache.plan import Plan
 from layercache.prediction import paying
@@ -46,7 +47,7 @@ def main() -> None:
     """Calibrate a flow-matching model once, compile a caching plan for any budget, and run it."""
 
 
-for _command in (compile_command, refine, evaluate, explore, bundle, push, export):
+for _command in (compile_command, refine, evaluate, explore, bundle, push, export, trial):
     main.add_command(_command)
 
 

@@ -21,7 +21,10 @@ from layercache.stats import CalibrationStats
 BUDGET = "{budget}"
 
 
-def _budgets(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[Budget]:
+def parse_budgets(
+    ctx: click.Context, param: click.Parameter, values: Sequence[str]
+) -> list[Budget]:
+    """Option callback: budgets, each once."""
     try:
         return list(dict.fromkeys(Budget.parse(value) for value in values))
     except LayerCacheError as error:
@@ -89,7 +92,7 @@ def _asked_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--budget",
     "budgets",
-    callback=_budgets,
+    callback=parse_budgets,
     multiple=True,
     required=True,
     help="A speedup (2x), a share of the compute (0.73, 73%) or a quality to keep: 40dB in the "

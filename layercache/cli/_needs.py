@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "check": _MODEL,
     "refine": _MODEL,
     "eval": (*_MODEL, "torchmetrics"),
+    "trial": (*_MODEL, "torchmetrics"),
     "demo": (*_MODEL, "torchmetrics", *_PICTURES),
     "push": ("huggingface_hub",),
 }

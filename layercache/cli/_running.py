@@ -17,7 +17,7 @@ from layercache.cli._options import (
     progress,
     read_prompts,
 )
-from layercache.cli._out import OUT_FILE, OUT_FOLDER
+from layercache.cli._out import OUT_FILE, OUT_FOLDER, put
 from layercache.plan import Plan
 from layercache.stats import CalibrationStats
 
@@ -74,6 +74,7 @@ def refine(
 @click.option(
     "--out", type=OUT_FOLDER, help="Also write pictures, results.json and report.html there."
 )
+@click.option("--record", type=OUT_FILE, help="File for the plan with what was measured of it.")
 @json_option
 def evaluate(
     plan_file: Path,
@@ -86,6 +87,7 @@ def evaluate(
     min_psnr: float | None,
     min_speedup: float | None,
     out: Path | None,
+    record: Path | None,
     as_json: bool,
 ) -> None:
     """Measure a plan's speed and fidelity beside two controls: uniform skipping, fewer steps."""
@@ -106,6 +108,11 @@ def evaluate(
         progress=progress(),
     )
     row = comparison.rows[0]
+    if record is not None:
+        from layercache.evaluation.trial import measured
+
+        seen = measured(pipe, plan, comparison, row.method, calibration_prompts=False)
+        put(record, plan.model_copy(update={"measured": seen}).to_bytes())
     failures = [
         f"{label} is {value:.2f}{unit}, below the gate of {gate:.2f}{unit}"
         for label, value, gate, unit in (
