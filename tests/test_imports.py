@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "evaluation": {
-        "choices", "errors", "_json", "_write", "stats", "options", "costs", "plan", "prediction", "choices",
+        "errors", "_json", "_write", "stats", "options", "costs", "plan", "prediction", "choices",
         "models",
         "compile", "calibration", "runtime", "reference", "refine",
     },
