@@ -17,7 +17,7 @@ from layercache.models.pipelines import decodes
 
 _TOO_FAST = 1.25
 """A speedup so many times what the saved compute allows was not measured, but mistimed."""
-_HALF = 0.5
+_TOO_SLOW = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,14 @@ class Row:
         """Why `speedup_measured` cannot be right; None if it can.
 
         Even if nothing but the transformer took time, a share s of its compute makes a generation
-        at most 1/s times faster; and whoever spends half of it is not slower than who spends all.
+        at most 1/s times faster; and what is slower than the uncached run and takes twice as long
+        as its share says was disturbed.
         """
         share, speedup = self.compute_share, self.speedup_measured
-        if share <= _HALF and speedup < 1:
-            return f"{speedup:.2f}x, slower than uncached, at {100 * share:.0f} % of its compute"
+        if speedup < 1 and speedup * share < _TOO_SLOW:
+            return (
+                f"{speedup:.2f}x, where {100 * share:.0f} % of the compute promise {1 / share:.2f}x"
+            )
         if share > 0 and speedup > _TOO_FAST / share:
             return (
                 f"{speedup:.2f}x, where {100 * share:.0f} % of the compute allow {1 / share:.2f}x"

@@ -86,8 +86,9 @@ def html_report(
     if "plan" in pictures:
         sections += [
             "<h2>The compiled plans</h2>",
-            "<p>One row a unit, one column a timestep. The number in a predicted cell is its span: "
-            "how far back the difference reaches that the prediction follows.</p>",
+            "<p>One row a unit, one column a timestep. A number says how many earlier computed "
+            "values a cell reads besides the last. Groups that run wherever the step does are left "
+            "out.</p>",
             picture_panel(pictures["plan"], "Heat map of the plans"),
         ]
     if "sheet" in pictures:

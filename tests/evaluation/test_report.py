@@ -164,6 +164,7 @@ def timed(share: float, speedup: float) -> Comparison:
     ("share", "speedup", "doubted"),
     [
         (0.5, 0.99, True), (0.5, 1.0, False), (0.73, 0.95, False), (0.25, 0.4, True),
+        (0.73, 0.21, True), (0.3, 1.2, False),
         (0.5, 2.4, False), (0.5, 2.6, True), (1.0, 1.2, False), (1.0, 1.3, True),
     ],
 )  # fmt: skip
