@@ -7,6 +7,10 @@ zero; the weights that are shipped are an exponential moving average.
 
 Batch i is a function of (seed, i) alone, so that a run which is killed and resumed sees the same
 data as one that is not.
+
+With `--drop-first RATE` each block of the first half is left out of a batch with that probability
+(LayerDrop, arXiv 1909.11556), which makes the others do without it: the model of
+`bench/models/dropped` is the reference model trained further in this way.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import csv
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +93,22 @@ def build_transformer() -> QwenImageTransformer2DModel:
     return model
 
 
+@contextmanager
+def first_half_dropped(
+    model: QwenImageTransformer2DModel, rate: float, rng: np.random.Generator
+) -> Iterator[None]:
+    """Leave each block of the first half out with probability `rate`, for as long as this lasts."""
+    blocks = model.transformer_blocks
+    half = len(blocks) // 2
+    drawn = rng.random(half) if rate else np.ones(half)
+    kept = [block for block, value in zip(blocks, drawn, strict=False) if value >= rate]
+    model.transformer_blocks = nn.ModuleList([*kept, *blocks[half:]])
+    try:
+        yield
+    finally:
+        model.transformer_blocks = blocks
+
+
 def loss_of(
     model: QwenImageTransformer2DModel,
     encoder: WordEncoder,
@@ -124,15 +146,32 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 @click.option("--batch", default=32, show_default=True)
 @click.option("--lr", default=6e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--from-weights", type=click.Path(path_type=Path), help="Exported folder to start from."
+)
+@click.option("--drop-first", default=0.0, show_default=True, help="Rate of layer dropping.")
 @click.option("--save-every", default=200, show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
 def main(
-    out: Path, steps: int, batch: int, lr: float, seed: int, save_every: int, compiled: bool
+    out: Path,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    from_weights: Path | None,
+    drop_first: float,
+    save_every: int,
+    compiled: bool,
 ) -> None:
     """Train, resuming from OUT/checkpoint.pt where there is one, and write the weights."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model, encoder = build_transformer(), WordEncoder(width=ARCHITECTURE["joint_attention_dim"])
+    if from_weights is None:
+        model, encoder = build_transformer(), WordEncoder(width=ARCHITECTURE["joint_attention_dim"])
+    else:
+        model = QwenImageTransformer2DModel.from_pretrained(from_weights / "transformer").float()
+        encoder = WordEncoder.from_pretrained(from_weights / "text_encoder").float()
+        model.train()
     named = {f"transformer.{n}": p for n, p in model.named_parameters()}
     named |= {f"encoder.{n}": p for n, p in encoder.named_parameters()}
     hidden = [p for n, p in named.items() if p.ndim == 2 and ".transformer_blocks." in n]
@@ -170,8 +209,9 @@ def main(
     window: list[float] = []
     started = time.monotonic() - seconds
     for step in tqdm(range(first, steps), initial=first, total=steps, mininterval=10):
-        loss = loss_of(model, encoder, batches[step])
-        torch.autograd.backward(loss)
+        with first_half_dropped(model, drop_first, np.random.default_rng([seed, step])):
+            loss = loss_of(model, encoder, batches[step])
+            torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(named.values(), 1.0)
         factor = learning_rate_factor(step, steps)
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
