@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layercache.errors import LayerCacheError, PlanError
+from layercache.errors import LayerCacheError, PlanError, of_network
 
 START, END = "<!-- layercache: begin -->", "<!-- layercache: end -->"
 """What stands between is LayerCache's; what is outside stays as it is."""
@@ -54,6 +54,13 @@ def located(
         ) from error
     except hub.errors.HFValidationError as error:
         raise PlanError(f"{name!r} is no name of a repository: {_first_line(error)}") from error
+    except Exception as error:
+        if not of_network(error):
+            raise
+        raise PlanError(
+            f"the hub cannot be reached to read {filename} from {name!r}: {_first_line(error)}. "
+            "Check the network, or pass a folder"
+        ) from error
     return Path(path)
 
 
@@ -91,6 +98,13 @@ def pushed(
         raise PlanError(
             f"the repository {repo_id!r} could not be written: {_first_line(error)}. Check its "
             "name and your token (`hf auth login`), or pass create_pr=True for one of others"
+        ) from error
+    except Exception as error:
+        if not of_network(error):
+            raise
+        raise PlanError(
+            f"the hub cannot be reached to write {repo_id!r}: {_first_line(error)}. Check the "
+            "network, or write to a folder with save_pretrained(folder) and upload that"
         ) from error
     return str(commit.pr_url or commit.commit_url)
 

@@ -43,6 +43,8 @@ class JsonFile(Frozen):
         except ValueError as error:
             raise PlanError(str(error)) from error
         found = data.get("schema_version") if isinstance(data, Mapping) else None
+        if found is None:
+            raise PlanError(f"this is no {cls.KIND}: it has no schema_version")
         if type(found) is not int or found != cls.VERSION:
             raise PlanError(
                 f"the {cls.KIND} has schema_version {found!r}; this LayerCache reads version "

@@ -27,6 +27,8 @@ class ModelFingerprint(Frozen):
 _MEDIAN = 0.5
 _NO_ERROR = 1000.0
 """Decibels in place of infinitely many, which have no quantiles."""
+_BARE = 10
+"""Text of a larger number has to say what it means."""
 _QUALITY = re.compile(r"(\S+?) ?db(?:@(\S+))?")
 
 
@@ -80,7 +82,8 @@ class Budget(Frozen):
     def parse(cls, value: Budget | float | str) -> Budget:
         """Read `Budget(...)` or one of the short forms, as numbers or as text.
 
-        A share is `0.73` or `"73%"`, a speedup `"1.37x"` or any number above 1, and a quality
+        A share is `0.73` or `"73%"`, a speedup `"1.37x"` or any number above 1 (as text without a
+        unit up to 10), and a quality
         `"40dB"` in the median or `"40dB@10%"` for all but a tenth of the prompts. 1 is everything.
 
         Raises:
@@ -99,13 +102,16 @@ class Budget(Frozen):
             if text.endswith("x"):
                 return cls(speedup=float(text[:-1]))
             share = _share(text)
+            if isinstance(value, str) and _BARE < share < math.inf and "%" not in text:
+                raise PlanError(f"budget {value!r} has no unit: write {text}x, {text}% or {text}dB")
             # More than everything is no share, unless somebody wrote it as one.
             return cls(speedup=share) if share > 1 and "%" not in text else cls(fraction=share)
+        except PlanError:
+            raise
         except ValueError as error:
             raise PlanError(
                 f"budget {value!r} cannot be read: give a share in (0, 1] such as 0.73 or 73%, a "
-                "speedup of at least 1 such as 1.37x, a quality such as 40dB or 40dB@10%, or a "
-                "Budget"
+                "speedup of at least 1 such as 1.37x, or a quality such as 40dB or 40dB@10%"
             ) from error
 
     @property

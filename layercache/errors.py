@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_NETWORK = ("requests", "httpx", "httpx2", "httpcore", "httpcore2")
+
 
 class LayerCacheError(Exception):
     """Base of every error that LayerCache raises on purpose."""
@@ -29,6 +31,11 @@ class ModelMismatchError(LayerCacheError, ValueError):
 
 class UnsupportedModelError(LayerCacheError, TypeError):
     """No adapter knows this transformer class."""
+
+
+def of_network(error: BaseException) -> bool:
+    """Whether an error comes from a library that talks to the network, and not from an answer."""
+    return type(error).__module__.partition(".")[0] in _NETWORK
 
 
 class UnknownWordError(LayerCacheError, ValueError):

@@ -13,11 +13,19 @@ import click
 
 from layercache.cli._compiling import compile_command
 from layercache.cli._export import export
+from layercache.cli._files import (
+    ANY_FILE,
+    PLAN_FILE,
+    STATISTICS,
+    STATS_FILE,
+    kind_of,
+    load_shared,
+)
 from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
     FILE_OR_FOLDER,
     FOLDER,
-    PATH,
+    STEPS,
     Commands,
     Failure,
     expand_folders,
@@ -28,6 +36,7 @@ from layercache.cli._options import (
     parse_size,
     print_json,
     progress,
+    prompts_option,
     read_prompts,
     remove_parts,
 )
@@ -72,9 +81,8 @@ def demo(out: Path, weights: Path | None, as_json: bool) -> None:
 
 @main.command()
 @model_options()
-@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
-@click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True)
+@prompts_option()
+@click.option("--steps", type=STEPS, default=50, show_default=True)
 @click.option(
     "--component",
     default="transformer",
@@ -186,25 +194,25 @@ def merge(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("file", type=PATH)
+@click.argument("file", type=ANY_FILE)
 @json_option
 def inspect(file: Path, as_json: bool) -> None:
-    """Show a plan or a statistics file."""
-    with open(file, "rb") as stream:
-        is_archive = stream.read(2) == b"PK"
-    if is_archive:
+    """Show a plan, a set of plans or a statistics file."""
+    if kind_of(file) == STATISTICS:
         _print_stats(CalibrationStats.load(file), as_json, file)
         return
-    plan = Plan.load(file)
+    shared = load_shared(file)
     if as_json:
-        print_json({"file": str(file), "plan": plan.to_dict()})
+        print_json(
+            {"file": str(file), "plan" if isinstance(shared, Plan) else "set": shared.to_dict()}
+        )
     else:
-        click.echo(plan.summary())
+        click.echo(shared.summary())
 
 
 @main.command()
-@click.argument("plan_file", type=PATH)
-@click.option("--stats", "stats_file", type=PATH, help="Check against statistics instead.")
+@click.argument("plan_file", type=PLAN_FILE)
+@click.option("--stats", "stats_file", type=STATS_FILE, help="Check against statistics instead.")
 @model_options()
 @json_option
 def check(plan_file: Path, stats_file: Path | None, model: Model, as_json: bool) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from layercache.cli._options import PATH, json_option, log, print_json, progress
+from layercache.cli._files import STATS_FILE
+from layercache.cli._options import STEPS, json_option, log, parse_size, print_json, progress
 from layercache.cli._out import OUT_FILE, STDOUT, put
 from layercache.errors import LayerCacheError
 from layercache.options import PREDICTORS, SOLVERS, Options
@@ -70,7 +71,9 @@ _ASKED = (
         help="What may be cached: step, groups, or both with a comma.",
     ),
     click.option("--predictor", type=click.Choice(PREDICTORS), default="fitted", show_default=True),
-    click.option("--max-cache-bytes", type=click.IntRange(min=0), help="Limit for one image."),
+    click.option(
+        "--max-cache-bytes", callback=parse_size, help="Limit for one image, such as 2GB."
+    ),
     click.option(
         "--max-gap", type=click.IntRange(min=0), help="Most steps from a cached cell back."
     ),
@@ -88,7 +91,7 @@ def _asked_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("compile")
-@click.argument("stats_file", type=PATH)
+@click.argument("stats_file", type=STATS_FILE)
 @click.option(
     "--budget",
     "budgets",
@@ -98,7 +101,7 @@ def _asked_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="A speedup (2x), a share of the compute (0.73, 73%) or a quality to keep: 40dB in the "
     "median, 40dB@10% for all but a tenth of the prompts. Any number of times.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Compile for another number of steps.")
+@click.option("--steps", type=STEPS, help="Compile for another number of steps.")
 @click.option(
     "--shift",
     type=click.FloatRange(min=0, min_open=True),

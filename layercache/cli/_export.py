@@ -8,14 +8,15 @@ from typing import Any
 
 import click
 
-from layercache.cli._options import PATH, REFERENCE, json_option, log, print_json
+from layercache.cli._files import PLAN_FILE
+from layercache.cli._options import REFERENCE, json_option, log, print_json
 from layercache.cli._out import OUT_FILE, OUT_FOLDER, STDOUT, put
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
 from layercache.plan import Plan
 
 
 @click.command()
-@click.argument("plan_file", type=PATH)
+@click.argument("plan_file", type=PLAN_FILE)
 @click.argument("model", required=False)
 @click.option("--scheduler", type=OUT_FOLDER, help="Folder for a scheduler that is the plan.")
 @click.option("--cache-dit", type=OUT_FILE, help="File for a step mask of cache-dit.")
@@ -119,6 +120,11 @@ def scheduler_of(name: str) -> Any:
         return load_pipeline().scheduler
     import diffusers
 
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise LayerCacheError(
+            f"{name!r} is no folder and no model id of the hub (owner/name); MODEL is the pipeline "
+            "that the plan is for"
+        )
     try:
         config = diffusers.DiffusionPipeline.load_config(name)
         kind = getattr(diffusers, config["scheduler"][1])

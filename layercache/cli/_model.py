@@ -67,9 +67,10 @@ class Model:
             device: Where to, if nothing was asked for.
         """
         place = self._device(device)
+        scheduler = None if self.scheduler is None else _scheduler_class(self.scheduler)
         pipe = self._reference() if self.is_reference else self._pretrained(place)
-        if self.scheduler is not None:
-            pipe.scheduler = _scheduler(self.scheduler, pipe.scheduler)
+        if scheduler is not None:
+            pipe.scheduler = _in_place_of(pipe.scheduler, scheduler)
         for name in self.lora:
             _load_lora(pipe, name)
         if self.is_reference:
@@ -158,6 +159,11 @@ class Model:
         }
         try:
             folder = self.name
+            if Path(folder).is_file():
+                raise OSError(
+                    "it is one file; a checkpoint of one file becomes a folder by "
+                    "PIPELINE.from_single_file(FILE).save_pretrained(FOLDER) of diffusers"
+                )
             if not Path(folder).is_dir():
                 if folder.count("/") != 1 or folder.startswith((".", "/", "~")):
                     raise OSError("there is no such folder")
@@ -247,13 +253,19 @@ def _dtype_for(folder: Path, device: str) -> str:
     return "float32"
 
 
-def _scheduler(name: str, current: Any) -> Any:
+def _scheduler_class(name: str) -> Any:
     import diffusers
 
     known = [found for found in dir(diffusers) if found.endswith("Scheduler")]
     if name not in known or not hasattr(getattr(diffusers, name), "from_config"):
-        raise click.UsageError(f"--scheduler {name!r}: {_nearest(name, known, 'diffusers has')}")
-    kind = getattr(diffusers, name)
+        raise click.UsageError(
+            f"--scheduler {name!r} is no scheduler of diffusers; {_nearest(name, known, 'it has')}"
+        )
+    return getattr(diffusers, name)
+
+
+def _in_place_of(current: Any, kind: Any) -> Any:
+    """A scheduler of a class, with the configuration of the model's own."""
     # Samplers that were made for other models have to be told that this one predicts velocities.
     known_options = inspect.signature(kind).parameters
     flow: dict[str, Any] = {}
@@ -312,5 +324,16 @@ def _written(annotation: Any) -> str:
 
 
 def _nearest(name: str, known: list[str], has: str) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"{has} {', '.join(near or [*known[:3], f'{max(len(known) - 3, 0)} others'])}"
+    scores = {each: _alike(name, each) for each in known}
+    near = sorted((each for each in known if scores[each] >= 0.6), key=lambda each: -scores[each])
+    return f"{has} {', '.join(near[:4] or [*known[:3], f'{max(len(known) - 3, 0)} others'])}"
+
+
+def _alike(name: str, known: str) -> float:
+    """How well a name fits a part of a known one, at most 1."""
+    name, known = name.lower(), known.lower().removesuffix("scheduler")
+    starts = range(max(len(known) - len(name), 0) + 1)
+    return max(
+        difflib.SequenceMatcher(None, name, known[start : start + len(name)]).ratio()
+        for start in starts
+    )

@@ -19,16 +19,18 @@ from typing import Any
 import click
 
 from layercache._json import parse
+from layercache.cli._files import PROMPT_FILE, STATISTICS, require_kind
 from layercache.cli._needs import install, require
 from layercache.cli._out import STDOUT, put
-from layercache.errors import LayerCacheError, ModelMismatchError, OptionError
+from layercache.errors import LayerCacheError, ModelMismatchError, OptionError, of_network
 from layercache.plan import Plan
 
 REFERENCE = "reference"
-PATH = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE_OR_FOLDER = click.Path(path_type=Path)
-_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2")
+MOST_PROMPTS = 10_000
+STEPS = click.IntRange(1, 10_000)
+"""As many as a plan can have."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -163,7 +165,7 @@ def _told_by_others(error: Exception) -> str | None:
             f"out of memory ({str(error).partition('.')[0]}): use --offload model, a smaller "
             "--batch-size or a smaller size"
         )
-    if type(error).__module__.partition(".")[0] in _NETWORK:
+    if of_network(error):
         return f"the network cannot be reached ({error}): check it, or name a folder on this disk"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     where = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
@@ -212,6 +214,8 @@ def expand_folders(paths: Sequence[Path]) -> list[Path]:
     """The files, with each folder replaced by the statistics files in it."""
     found: list[Path] = []
     for path in paths:
+        if not path.is_dir():
+            require_kind(path, STATISTICS)
         inside = sorted(path.glob("*.npz")) if path.is_dir() else [path]
         if not inside:
             raise click.UsageError(f"{path} holds no statistics file (*.npz)")
@@ -246,6 +250,18 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def prompts_option(least: int = 1) -> Callable[[Callable[..., Any]], Any]:
+    """Add `--prompts` and `--count`, of which `least` is the smallest."""
+
+    def decorate(command: Callable[..., Any]) -> Any:
+        count = click.IntRange(least, MOST_PROMPTS)
+        command = click.option("--count", type=count, help="Use only the first prompts.")(command)
+        text = "A text file with one prompt a line."
+        return click.option("--prompts", "prompt_file", type=PROMPT_FILE, help=text)(command)
+
+    return decorate
+
+
 def read_prompts(
     file: Path | None, model: str, split: Any, default_count: int, limit: int | None
 ) -> list[str]:
@@ -262,10 +278,24 @@ def read_prompts(
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{file} is no UTF-8 text ({error}); save it as UTF-8") from error
     lines = [line.strip() for line in text.splitlines()]
-    chosen = [line for line in lines if line][:limit]
+    chosen = [line for line in lines if line]
     if not chosen:
         raise click.UsageError(f"{file} has no prompts; write one a line")
-    return chosen
+    if text.lstrip().startswith(("[", "{")) and _is_json(text):
+        raise click.UsageError(f"{file} is JSON; write plain text, one prompt a line")
+    if limit is not None and limit > len(chosen):
+        raise click.UsageError(
+            f"--count {limit}: {file} has {len(chosen)} prompts; write more, or leave --count out"
+        )
+    return chosen[:limit]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
 
 
 def hand_out(plan: Plan, out: Path, as_json: bool) -> None:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
+from layercache.cli._files import PLAN_FILE, STATS_FILE
 from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
-    PATH,
     GateFailed,
     hand_out,
     json_option,
     log,
     print_json,
     progress,
+    prompts_option,
     read_prompts,
 )
 from layercache.cli._out import OUT_FILE, OUT_FOLDER, put
@@ -23,13 +24,12 @@ from layercache.stats import CalibrationStats
 
 
 @click.command()
-@click.argument("plan_file", type=PATH)
+@click.argument("plan_file", type=PLAN_FILE)
 @click.option(
-    "--stats", "stats_file", type=PATH, required=True, help="What the plan was compiled from."
+    "--stats", "stats_file", type=STATS_FILE, required=True, help="What the plan was compiled from."
 )
 @model_options()
-@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
-@click.option("--count", type=click.IntRange(min=2), help="Use only the first prompts.")
+@prompts_option(least=2)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=OUT_FILE, default=Path("plan.json"), show_default=True)
 @json_option
@@ -47,12 +47,12 @@ def refine(
     from layercache.refine import refine_plan
 
     prompts = read_prompts(prompt_file, model.name, "calibration", count or 8, limit=count)
-    plan = Plan.load(plan_file)
+    plan, stats = Plan.load(plan_file), CalibrationStats.load(stats_file)
     pipe, arguments = model.under(plan, prompts[0])
     plan = refine_plan(
         pipe,
         plan,
-        CalibrationStats.load(stats_file),
+        stats,
         prompts,
         seed=seed,
         call_kwargs=arguments,
@@ -62,10 +62,9 @@ def refine(
 
 
 @click.command("eval")
-@click.argument("plan_file", type=PATH)
+@click.argument("plan_file", type=PLAN_FILE)
 @model_options()
-@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
-@click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
+@prompts_option()
 @click.option("--seed", default=2, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from layercache.cli._options import FOLDER, PATH, json_option, log, print_json
+from layercache.cli._files import PLAN_FILE, SHARED_FILE, STATS_FILE, load_shared
+from layercache.cli._options import FOLDER, json_option, log, print_json
 from layercache.cli._out import OUT_FILE, STDOUT, put
 from layercache.errors import LayerCacheError
 from layercache.plan import Plan
@@ -15,7 +16,7 @@ from layercache.stats import CalibrationStats
 
 
 @click.command()
-@click.argument("stats_file", type=PATH)
+@click.argument("stats_file", type=STATS_FILE)
 @click.option(
     "--evaluation",
     "evaluations",
@@ -38,7 +39,7 @@ def explore(stats_file: Path, evaluations: tuple[Path, ...], out: Path, as_json:
 
 
 @click.command()
-@click.argument("plan_files", nargs=-1, required=True, type=PATH)
+@click.argument("plan_files", nargs=-1, required=True, type=PLAN_FILE)
 @click.option("--out", type=OUT_FILE, default=Path(PlanSet.FILE_NAME), show_default=True)
 @json_option
 def bundle(plan_files: tuple[Path, ...], out: Path, as_json: bool) -> None:
@@ -54,7 +55,7 @@ def bundle(plan_files: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("plan_file", type=PATH)
+@click.argument("plan_file", type=SHARED_FILE)
 @click.argument("repository")
 @click.option("--subfolder", help="Folder of the repository.")
 @click.option("--revision", help="Branch.")
@@ -78,6 +79,10 @@ def push(
 
     The token is that of `hf auth login` or of the variable HF_TOKEN.
     """
+    if Path(repository).is_file():
+        raise click.UsageError(
+            f"REPOSITORY is the file {repository}: name a repository, owner/name"
+        )
     shared = load_shared(plan_file)
     address = shared.push_to_hub(
         repository,
@@ -93,17 +98,6 @@ def push(
         print_json({"commit": address})
     else:
         click.echo(address)
-
-
-def load_shared(path: Path) -> Plan | PlanSet:
-    """A file that holds a plan or a set of them."""
-    try:
-        return Plan.load(path)
-    except LayerCacheError as error:
-        try:
-            return PlanSet.load(path)
-        except LayerCacheError:
-            raise error from None
 
 
 def _picture(shared: Plan | PlanSet) -> bytes | None:

@@ -7,15 +7,23 @@ from pathlib import Path
 import click
 
 from layercache.cli._compiling import parse_budgets
+from layercache.cli._files import STATS_FILE
 from layercache.cli._model import Model, model_options
-from layercache.cli._options import PATH, json_option, log, print_json, progress, read_prompts
+from layercache.cli._options import (
+    json_option,
+    log,
+    print_json,
+    progress,
+    prompts_option,
+    read_prompts,
+)
 from layercache.cli._out import OUT_FILE, STDOUT, put
 from layercache.plan import Budget
 from layercache.stats import CalibrationStats
 
 
 @click.command()
-@click.argument("stats_file", type=PATH)
+@click.argument("stats_file", type=STATS_FILE)
 @model_options()
 @click.option(
     "--budget",
@@ -25,8 +33,7 @@ from layercache.stats import CalibrationStats
     required=True,
     help="A speedup (2x) or a share of the compute (0.73, 73%).",
 )
-@click.option("--prompts", "prompt_file", type=PATH, help="A text file with one prompt a line.")
-@click.option("--count", type=click.IntRange(min=1), help="Use only the first prompts.")
+@prompts_option()
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True)
