@@ -118,6 +118,17 @@ def test_what_the_hub_does_not_have_is_one_error(
     assert repository in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_hub_that_cannot_be_reached_is_one_error(plans: list[Plan], tmp_path: Path) -> None:
+    # Nothing listens on port 1.
+    options = {"endpoint": "http://127.0.0.1:1", "token": "hf_x"}
+    for create_pr in (False, True):
+        with pytest.raises(PlanError) as caught:
+            plans[0].push_to_hub("me/model", create_pr=create_pr, **options)
+        assert "me/model" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(PlanError, match="me/model"):
+        Plan.from_pretrained("me/model", cache_dir=tmp_path, etag_timeout=0.1, **options)
+
+
 def test_without_the_library_folders_work_and_the_hub_says_what_to_install(
     plans: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,7 @@ MISTAKES: list[tuple[int, str, str]] = [
     (USAGE, "compile stats.npz --budget 0.7 --out empty.txt/plan.json", "empty.txt"),
     (USAGE, "compile stats.npz --budget 0.7 --out - --json", "stdout"),
     (FAILED, "compile nowhere.npz --budget 2x", "nowhere.npz"),
-    (FAILED, "compile plan.json --budget 2x", "plan.json"),
+    (USAGE, "compile plan.json --budget 2x", "plan.json is a plan"),
     (FAILED, "compile stats.npz --budget 900x", "tightest"),
     (USAGE, "compile stats.npz --budget 0.7 --budget 0.5 --out plan.json", "{budget}"),
     (USAGE, "compile stats.npz --budget 150%", "73%"),
@@ -66,7 +66,7 @@ MISTAKES: list[tuple[int, str, str]] = [
     (FAILED, "merge stats.npz stats.npz", "once"),
     (MISMATCH, "merge stats.npz other.npz", "differs"),
     (USAGE, "bundle", "PLAN_FILES"),
-    (FAILED, "bundle stats.npz", "stats.npz"),
+    (USAGE, "bundle stats.npz", "stats.npz is statistics"),
     (FAILED, "explore nowhere.npz", "nowhere.npz"),
     (FAILED, "explore stats.npz --evaluation empty", "eval --out"),
     (USAGE, "explore stats.npz --evaluation empty.txt", "empty.txt"),
@@ -118,6 +118,52 @@ MISTAKES: list[tuple[int, str, str]] = [
     (FAILED, "eval nowhere.json --weights W", "nowhere.json"),
     (MISMATCH, "eval plan.json --weights W --count 1", "another model"),
     (USAGE, "demo --out empty.txt", "empty.txt"),
+    # files of another kind, and arguments that changed places
+    (USAGE, "inspect notmodel", "directory"),
+    (FAILED, "inspect notmodel/model_index.json", "no schema_version"),
+    (FAILED, "inspect prompts.txt", "prompts.txt"),
+    (FAILED, "inspect -", "-: no such"),
+    (USAGE, "compile bundled.json --budget 2x", "is a set of plans"),
+    (FAILED, "compile prompts.txt --budget 2x", "prompts.txt"),
+    (USAGE, "compile stats.npz 2x", "--budget"),
+    (USAGE, "merge stats.npz plan.json", "plan.json is a plan"),
+    (USAGE, "bundle plan.json bundled.json", "is a set of plans"),
+    (USAGE, "explore plan.json", "plan.json is a plan"),
+    (FAILED, "explore stats.npz --evaluation nowhere", "results.json"),
+    (USAGE, "export stats.npz --cache-dit mask.json", "is statistics"),
+    (FAILED, "export plan.json a/b/c --scheduler made", "no folder"),
+    (USAGE, "push me/model plan.json", "file plan.json"),
+    (USAGE, "push stats.npz me/model", "is statistics"),
+    (FAILED, "push plan.json https://hub/me/model", "https://hub/me/model"),
+    (USAGE, "check stats.npz plan.json", "is statistics"),
+    (USAGE, "check bundled.json --weights W", "is a set of plans"),
+    (FAILED, "check plan.json text.npz", "one file"),
+    (USAGE, "check plan.json --stats plan.json", "plan.json is a plan"),
+    (USAGE, "eval stats.npz --weights W", "is statistics"),
+    (USAGE, "refine stats.npz --stats stats.npz", "is statistics"),
+    (USAGE, "trial plan.json --budget 2x", "plan.json is a plan"),
+    (USAGE, "trial stats.npz --budget 2x --budget 3x", "--budget"),
+    # budgets
+    (USAGE, "compile stats.npz --budget 73", "73%"),
+    (USAGE, "compile stats.npz --budget 1,37x", "1.37x"),
+    (USAGE, "compile stats.npz --budget -2x", "1.37x"),
+    (USAGE, "compile stats.npz --budget 0.5x", "at least 1"),
+    (USAGE, "compile stats.npz --budget 900dB", "40dB"),
+    (USAGE, "compile stats.npz --budget 2x --max-cache-bytes lots", "12GB"),
+    (USAGE, "compile stats.npz --budget 2x --steps 99999", "10000"),
+    # prompts, and how many
+    (USAGE, f"calibrate {TINY} --prompts latin.txt", "UTF-8"),
+    (USAGE, f"calibrate {TINY} --prompts list.json", "one prompt a line"),
+    (USAGE, f"calibrate {TINY} --prompts plan.json", "one prompt a line"),
+    (USAGE, f"calibrate {TINY} --prompts prompts.txt --count 2", "1 prompts"),
+    (USAGE, f"calibrate {TINY} --count 99999", "10000"),
+    (USAGE, "eval plan.json --weights W --prompts stats.npz", "one prompt a line"),
+    (USAGE, "calibrate notmodel prompts.txt", "prompts.txt"),
+    # names
+    (USAGE, f"calibrate {TINY} --scheduler Eulr", "EulerDiscreteScheduler"),
+    (USAGE, f"calibrate {TINY} --scheduler unipc", "UniPCMultistepScheduler"),
+    (USAGE, f"calibrate {TINY} --scheduler Zzz", "others"),
+    (USAGE, """check plan.json --weights W --call '{"steps": 3}'""", "num_inference_steps"),
     (USAGE, "demo more", "more"),
 ]
 
@@ -133,6 +179,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_stats(1, groups=1).save(folder / "other.npz")
     (folder / "cut.npz").write_bytes(stats.to_bytes()[:-400])
     (folder / "text.npz").write_text("hello")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "list.json").write_text('["a large red circle"]')
+    PlanSet(plans=(Plan.from_dict(example()),)).save(folder / "bundled.json")
     (folder / "empty.txt").write_text("\n")
     (folder / "prompts.txt").write_text("a large red circle\n")
     (folder / "notmodel").mkdir()

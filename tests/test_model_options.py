@@ -22,6 +22,8 @@ from tests.pipelines.entry import Entry
 from tests.pipelines.registry import ENTRIES
 
 MODEL = Path(__file__).parents[1] / "bench" / "models" / "pictures"
+if not (MODEL / "model_index.json").exists():
+    pytest.skip("the source archive has no weights of this model", allow_module_level=True)
 CALL = json.dumps({"height": 64, "width": 64, "max_sequence_length": 20, "guidance_scale": 1.0})
 PROMPTS = ("a large red apple on a blue background", "a small dog on a green background")
 

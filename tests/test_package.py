@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import email
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,8 @@ import pytest
 import layercache
 
 ROOT = Path(__file__).parent.parent
+WEIGHTS = tuple(f"bench/models/pictures/{part}/" for part in ("transformer", "vae"))
+"""Large, and in neither archive."""
 BUILD = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
 
 
@@ -27,7 +32,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not names:
         pytest.skip("not a git checkout")
     for name in names:
-        if (ROOT / name).is_file() and "bench/models" not in name:
+        if (ROOT / name).is_file() and not name.startswith(WEIGHTS):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
     built = subprocess.run([sys.executable, "-c", BUILD], cwd=tree, capture_output=True, text=True)
@@ -59,6 +64,26 @@ def test_the_source_archive_can_be_tested_and_read(dist: Path) -> None:
     assert tracked <= names
     for needed in ("CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "constraints.txt"):
         assert needed in names
+    # What the documents show and link to is there.
+    for document in (path for path in names if path.endswith(".md")):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            place = os.path.normpath(Path(document).parent / target)
+            assert target.startswith("http") or place in names, f"{document}: {target}"
+    assert not [name for name in names if name.startswith(WEIGHTS)]
+
+
+def test_the_text_on_an_index_needs_no_checkout(dist: Path) -> None:
+    """An index shows one page, from which no path of the repository leads anywhere."""
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload()
+    assert "pip install" in text and "apply_plan" in text
+    links = re.findall(r"\]\(([^)\s]+)\)|<img|src=", text)
+    assert all(link.startswith("https://") for link in links), links
 
 
 def test_one_version_stands_everywhere() -> None:

@@ -28,9 +28,11 @@ from tests.test_cli import weights_of
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "bench" / "models" / "pictures"
+if not (MODEL / "model_index.json").exists():
+    pytest.skip("the source archive has no weights of this model", allow_module_level=True)
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "adding-a-model", "calibration", "choosing", "command-line", "publishing", "quickstart",
-    "refining", "runtime",
+    "adding-a-model", "calibration", "choosing", "command-line", "package", "publishing",
+    "quickstart", "refining", "runtime",
 )))  # fmt: skip
 SMALL = {
     "black-forest-labs/FLUX.1-dev": "model",

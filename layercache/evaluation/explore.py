@@ -50,13 +50,14 @@ def explore_page(
         BudgetError: None of the shares can be met.
         LayerCacheError: A folder holds no evaluation.
     """
+    measured = [_measured(folder) for folder in evaluations]
     plans = frontier(stats, shares, options, progress=progress)
     data = {
         "title": f"{stats.model.get('class_name', 'Model')}, {stats.num_steps} steps",
         "facts": _facts(stats, plans[0]),
         "plans": [_plan(plan) for plan in plans],
         "paying": _paying(stats),
-        "measured": [_measured(folder) for folder in evaluations],
+        "measured": measured,
     }
     text = json.dumps(data, allow_nan=False, ensure_ascii=False).replace("</", "<\\/")
     page = files("layercache.evaluation").joinpath("explore.html").read_text(encoding="utf-8")
@@ -120,8 +121,9 @@ def _measured(folder: Path) -> dict[str, Any]:
             "images": int(results["images"]),
         }
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        what = "has no results.json" if isinstance(error, OSError) else "holds no evaluation"
         raise LayerCacheError(
-            f"{folder}: no evaluation ({error!r}): pass a folder that `layercache eval --out` wrote"
+            f"{folder} {what}: pass a folder that `layercache eval --out` wrote"
         ) from error
     sheet = folder / "sheet.png"
     if sheet.is_file() and sheet.stat().st_size <= _MOST_IMAGE_BYTES:
