@@ -11,7 +11,7 @@ import functools
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,10 @@ class Block:
     text: str
     not_run: str
 
-    @property
-    def small(self) -> str:
+    def small(self, smaller: Mapping[str, str]) -> str:
         """What is run."""
         text = self.text
-        for shown, run in SMALL.items():
+        for shown, run in smaller.items():
             text = text.replace(shown, run)
         return text
 
@@ -85,19 +84,25 @@ def blocks(page: str) -> Iterator[Block]:
         yield Block(page, line, match["kind"], match["text"], match["why"] or "")
 
 
-def commands(block: Block) -> Iterator[list[str]]:
-    """The commands of a block, without comments and continued lines."""
-    for line in block.small.replace("\\\n", " ").splitlines():
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of a block, without comments and continued lines, with its variables."""
+    variables: dict[str, str] = {}
+    for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words and not line.startswith(ELSEWHERE):
-            yield words
+        if not words or line.startswith(ELSEWHERE):
+            continue
+        name, is_set, value = words[0].partition("=")
+        if len(words) == 1 and is_set:
+            variables[f"${name}"] = value
+            continue
+        yield [variables.get(word, word) for word in words]
 
 
 def shortened(words: list[str], weights: Path) -> list[str]:
     """A command with few steps, and on the reference model with tiny weights."""
     command, *rest = words[1:]
     runs = command in ("calibrate", "check", "eval", "refine", "trial")
-    if runs and "model" not in rest:
+    if runs and not {"model", "one", "two"} & set(rest):
         rest += ["--weights", str(weights)]
         if "--count" in rest:
             rest[rest.index("--count") + 1] = "2"
@@ -155,25 +160,30 @@ def given(pipe: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run_page(page: str, names: dict[str, Any], smaller: Mapping[str, str], folder: Path) -> None:
+    """Run every block of a page that is to be run; Python adds to the names."""
+    for block in blocks(page):
+        if block.not_run:
+            continue
+        if block.kind == "python":
+            lines = "\n" * block.line + block.small(smaller)
+            with torch.no_grad():
+                exec(compile(lines, block.page, "exec"), names)
+            continue
+        for words in commands(block.small(smaller)):
+            assert words[0] == "layercache", f"{page}: {words}"
+            done = CliRunner().invoke(main, shortened(words, folder / "weights"))
+            assert done.exit_code == 0, f"{page}, line {block.line}: {words}\n{done.output}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_from_its_first_line_to_its_last(
     page: str, prepared: Path, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    scheduler, names = pipe.scheduler, given(pipe)
+    scheduler = pipe.scheduler
     try:
-        for block in blocks(page):
-            if block.not_run:
-                continue
-            if block.kind == "python":
-                lines = "\n" * block.line + block.small
-                with torch.no_grad():
-                    exec(compile(lines, block.page, "exec"), names)
-                continue
-            for words in commands(block):
-                assert words[0] == "layercache", f"{page}: {words}"
-                done = CliRunner().invoke(main, shortened(words, tmp_path / "weights"))
-                assert done.exit_code == 0, f"{page}, line {block.line}: {words}\n{done.output}"
+        run_page(page, given(pipe), SMALL, tmp_path)
     finally:
         pipe.scheduler = scheduler
