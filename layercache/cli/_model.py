@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,10 @@ class Model:
         from diffusers.utils import logging
         from transformers.utils import logging as weights_logging
 
+        # Said of every pipeline that could take images, and nothing of ours needs torchvision.
+        getLogger("transformers.utils.import_utils").addFilter(
+            lambda record: "requires torchvision" not in record.getMessage()
+        )
         if not progress():
             logging.disable_progress_bar()
             weights_logging.disable_progress_bar()

@@ -66,7 +66,9 @@ def refine(
 @model_options()
 @prompts_option()
 @click.option("--seed", default=2, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="[default: 1; of the reference model 8]"
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--min-psnr", type=float, help="Exit with 4 if the mean PSNR in dB is lower.")
 @click.option("--min-speedup", type=float, help="Exit with 4 if the measured speedup is lower.")
@@ -81,7 +83,7 @@ def evaluate(
     prompt_file: Path | None,
     count: int | None,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     repeats: int,
     min_psnr: float | None,
     min_speedup: float | None,
@@ -101,7 +103,7 @@ def evaluate(
         prompts,
         call_kwargs=arguments,
         seed=seed,
-        batch_size=batch_size,
+        batch_size=batch_size or (8 if model.is_reference else 1),
         repeats=repeats,
         out=out,
         progress=progress(),

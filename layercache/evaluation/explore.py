@@ -66,9 +66,8 @@ def explore_page(
 
 def _facts(stats: CalibrationStats, plan: Plan) -> dict[str, str]:
     setting = plan.setting
-    guidance = next(
-        (f"{key} {setting[key]}" for key in ("true_cfg_scale", "guidance_scale") if key in setting),
-        "",
+    guidance = ", ".join(
+        f"{key} {setting[key]}" for key in ("guidance_scale", "true_cfg_scale") if key in setting
     )
     size = setting.get("latent_shape")
     facts = {
