@@ -131,7 +131,7 @@ MISTAKES: list[tuple[int, str, str]] = [
     (USAGE, "explore plan.json", "plan.json is a plan"),
     (FAILED, "explore stats.npz --evaluation nowhere", "results.json"),
     (USAGE, "export stats.npz --cache-dit mask.json", "is statistics"),
-    (FAILED, "export plan.json a/b/c --scheduler made", "no folder"),
+    (FAILED, "export plan.json a/b/c --scheduler made", "no such folder"),
     (USAGE, "push me/model plan.json", "file plan.json"),
     (USAGE, "push stats.npz me/model", "is statistics"),
     (FAILED, "push plan.json https://hub/me/model", "https://hub/me/model"),

@@ -120,12 +120,9 @@ def scheduler_of(name: str) -> Any:
         return load_pipeline().scheduler
     import diffusers
 
-    if not Path(name).is_dir() and name.count("/") != 1:
-        raise LayerCacheError(
-            f"{name!r} is no folder and no model id of the hub (owner/name); MODEL is the pipeline "
-            "that the plan is for"
-        )
     try:
+        if not Path(name).is_dir() and name.count("/") != 1:
+            raise OSError("there is no such folder")
         config = diffusers.DiffusionPipeline.load_config(name)
         kind = getattr(diffusers, config["scheduler"][1])
         return kind.from_pretrained(name, subfolder="scheduler")

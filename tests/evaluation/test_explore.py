@@ -89,6 +89,13 @@ def test_text_of_a_model_cannot_leave_its_place(stats: CalibrationStats) -> None
     assert hostile not in made and data_of(made)["facts"]["Pipeline"] == hostile
 
 
+def test_every_guidance_is_shown(stats: CalibrationStats) -> None:
+    """FLUX has both, and the second is off unless it is asked for."""
+    setting = {"guidance_scale": 3.5, "true_cfg_scale": 1.0}
+    made = explore_page(replace(stats, setting=dict(stats.setting) | setting), shares=(0.5,))
+    assert data_of(made)["facts"]["Guidance"] == "guidance_scale 3.5, true_cfg_scale 1.0"
+
+
 @pytest.mark.parametrize("text", [None, "[]", "{", '{"rows": []}', '{"rows": [{}], "images": 1}'])
 def test_a_folder_without_an_evaluation_is_refused(
     stats: CalibrationStats, tmp_path: Path, text: str | None
