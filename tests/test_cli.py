@@ -89,7 +89,7 @@ def test_the_module_runs_as_the_command() -> None:
         text=True,
     )
     assert result.returncode == 1
-    assert result.stderr == "Error: nowhere.json: No such file or directory\n"
+    assert result.stderr == "Error: nowhere.json: no such plan file\n"
 
 
 def test_calibrate_writes_statistics_and_prints_only_json(weights: Path, tmp_path: Path) -> None:
