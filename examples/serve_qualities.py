@@ -26,7 +26,6 @@ class Service:
 
     def __init__(self, model: str, plans: PlanSet, device: str) -> None:
         self.pipe = DiffusionPipeline.from_pretrained(model, dtype="auto").to(device)
-        # Read once, so that a budget that no plan meets is an error at the start.
         self.plans = {name: plans.at(budget) for name, budget in QUALITIES.items() if budget}
 
     def answer(self, quality: str, prompt: str, seed: int, **call: Any) -> Any:
@@ -47,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     plans = PlanSet.load(options.plans)
-    service = Service(options.model, plans, options.device)
-    first = plans.plans[0]
+    service, first = Service(options.model, plans, options.device), plans.plans[0]
     # The call that the plans are for: size, guidance and so on.
     call = {**first.setting.get("call", {}), "num_inference_steps": first.num_steps}
     images = {name: service.answer(name, options.prompt, seed=0, **call) for name in QUALITIES}
