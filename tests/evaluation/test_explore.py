@@ -102,7 +102,7 @@ def test_a_folder_without_an_evaluation_is_refused(
 ) -> None:
     if text is not None:
         (tmp_path / "results.json").write_text(text)
-    with pytest.raises(LayerCacheError, match="no evaluation"):
+    with pytest.raises(LayerCacheError, match="eval --out"):
         explore_page(stats, shares=(0.5,), evaluations=[tmp_path])
 
 
