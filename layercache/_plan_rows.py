@@ -91,6 +91,11 @@ class UnitPlan(Frozen):
         """`step`, or for example `transformer_blocks[0:8]`."""
         return "step" if self.kind == "step" else f"{self.block_list}[{self.start}:{self.stop}]"
 
+    @property
+    def positions(self) -> range:
+        """Positions of a group's blocks in their list."""
+        return range(self.start or 0, self.stop or 0)
+
     @model_validator(mode="after")
     def _valid(self) -> UnitPlan:
         place = (self.block_list, self.start, self.stop)

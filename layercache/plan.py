@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
@@ -194,6 +194,11 @@ class Plan(JsonFile):
         return next((unit for unit in self.units if unit.kind == "step"), None)
 
     @property
+    def step_row(self) -> UnitPlan:
+        """The row of the whole step; one that computes every step where the plan has none."""
+        return self.step_unit or UnitPlan(kind="step", cells=COMPUTED * self.num_steps)
+
+    @property
     def groups(self) -> tuple[UnitPlan, ...]:
         """The rows of block groups, in order."""
         return tuple(unit for unit in self.units if unit.kind == "group")
@@ -201,10 +206,7 @@ class Plan(JsonFile):
     @property
     def run_steps(self) -> tuple[bool, ...]:
         """(T,) whether the transformer runs at each step."""
-        unit = self.step_unit
-        if unit is None:
-            return (True,) * self.num_steps
-        return tuple(symbol == COMPUTED for symbol in unit.cells)
+        return tuple(symbol == COMPUTED for symbol in self.step_row.cells)
 
     @cached_property
     def schedules(self) -> dict[str, Schedule]:
@@ -226,11 +228,18 @@ class Plan(JsonFile):
                     f"this plan is for another model: {name} is {mine!r} in the plan and "
                     f"{theirs!r} in the model; compile a plan from statistics of this model"
                 )
+        return self.differences(setting or {})
+
+    def differences(
+        self, setting: Mapping[str, Any], left_out: Collection[str] = frozenset()
+    ) -> list[str]:
+        """What this setting and the plan's both know and have otherwise, in words."""
         return [
             f"{name} is {self.setting[name]!r} in the plan and {value!r} here"
-            for name, value in (setting or {}).items()
+            for name, value in setting.items()
             # What matters of the call stands beside it, by name.
-            if name != "call" and name in self.setting and self.setting[name] != value
+            if name != "call" and name not in left_out
+            if name in self.setting and self.setting[name] != value
         ]
 
     def cache_bytes(

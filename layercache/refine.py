@@ -38,7 +38,7 @@ from layercache.costs import cache_bytes
 from layercache.errors import LayerCacheError, ModelMismatchError, StatsError
 from layercache.models.pipelines import decodes, run_pipeline
 from layercache.models.stepping import moved_sample, tap_step, tapped_step
-from layercache.plan import COMPUTED, Budget, Certificate, Plan, UnitPlan
+from layercache.plan import Budget, Certificate, Plan, UnitPlan
 from layercache.prediction import DEPTH, predicted_psnr, resample
 from layercache.prediction.error import moves_as_euler
 from layercache.prediction.ridge import DECIMALS, fit_row
@@ -161,7 +161,7 @@ class ClosedLoop(StepExecutor[Tensor]):
     """
 
     def __init__(self, plan: Plan, stats: CalibrationStats, depth: int, truth: Truth) -> None:
-        self.unit = _step_row(plan)
+        self.unit = plan.step_row
         plain = self.unit.model_copy(update={"taps": None})
         super().__init__(plain.schedule(plan.sigmas), plan.sigmas, affine, Tensor.clone)
         self.depth, self.truth = depth, truth
@@ -219,8 +219,7 @@ def _run_closed(pipe: Any, batch: Batch, plan: Plan, loop: ClosedLoop) -> None:
         return velocity
 
     with apply_plan(pipe, plain) as run:
-        assert run.main.step_runner is not None
-        run.main.step_runner.executor = loop
+        run.main.units.step.executor = loop
         with tapped_step(pipe.scheduler, on_step):
             run_pipeline(pipe, batch.arguments)
 
@@ -263,11 +262,6 @@ def _psnr(pipe: Any, batch: Batch, plan: Plan, reference: Tensor) -> float:
         span = (rows.max(dim=1).values - rows.min(dim=1).values).clamp_min(1e-12)
     squared = (images - reference).flatten(1).double().pow(2).mean(dim=1) / span**2
     return float((-10 * torch.log10(squared.clamp_min(1e-20))).mean())
-
-
-def _step_row(plan: Plan) -> UnitPlan:
-    """The step unit, or one that computes every step, for taps to stand in."""
-    return plan.step_unit or UnitPlan(kind="step", cells=COMPUTED * plan.num_steps)
 
 
 def _with_step(plan: Plan, row: UnitPlan) -> tuple[UnitPlan, ...]:

@@ -169,7 +169,6 @@ class ReplayableTransformer:
             recorded = call.parts[index].outputs
             return write_outputs(
                 block_list,
-                block,
                 {name: _repeat(tensor.to(self.device), count) for name, tensor in recorded.items()},
             )
         streams = read_streams(block_list, block, args, kwargs)
@@ -181,7 +180,7 @@ class ReplayableTransformer:
                 )
                 for name in residuals[0]
             }
-        return write_outputs(block_list, block, streams)
+        return write_outputs(block_list, streams)
 
     # -- calls ---------------------------------------------------------------------------------
 

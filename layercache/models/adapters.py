@@ -215,7 +215,7 @@ def read_outputs(block_list: BlockList, output: Any) -> dict[str, Tensor]:
     return {name: v for name, v in zip(names, values, strict=True) if v is not None}
 
 
-def write_outputs(block_list: BlockList, block: nn.Module, streams: Mapping[str, Tensor]) -> Any:
+def write_outputs(block_list: BlockList, streams: Mapping[str, Tensor]) -> Any:
     """What a block would return for these streams; a stream that is not given becomes `None`."""
     if len(block_list.outputs) == 1 and not block_list.wrapped:
         return streams[block_list.outputs[0]]

@@ -117,7 +117,7 @@ def apply_plan(
             stacklevel=2,
         )
     run = PlanRun(pipe, component, plans, adapter, on_mismatch)
-    run.said(differences)
+    run.new(differences)
     run.install()
     return run
 

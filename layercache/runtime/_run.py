@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +23,7 @@ from torch import nn
 
 from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
 from layercache.models._foreign import CALL_SLOT
-from layercache.models.adapters import Adapter, blocks_of, unwrap
+from layercache.models.adapters import Adapter, unwrap
 from layercache.models.calling import calling_pipeline
 from layercache.models.gates import Call, Gate, Handler, is_compiled
 from layercache.models.patching import Function, own_methods, wrap_method, wrappers
@@ -34,6 +34,7 @@ from layercache.runtime._report import RunReport
 from layercache.runtime._session import OnMismatch, Session
 from layercache.runtime._surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops
 from layercache.runtime._trace import Trace
+from layercache.runtime._units import placed
 
 
 class _Mark:
@@ -88,11 +89,8 @@ class PlanRun:
         self._gates: list[Gate] = [self._root]
         streams: dict[nn.Module, Sequence[str]] = {}
         for each in self.plans:
-            for group in each.groups:
-                declared = adapter.block_list(str(group.block_list))
-                span = (group.start or 0, group.stop or 0)
-                blocks = blocks_of(self.transformer, declared)
-                for position in gate_positions(each.schedules[group.name], span):
+            for group, declared, blocks in placed(each, self.transformer, adapter):
+                for position in gate_positions(group, each.schedules[group.name]):
                     streams[blocks[position]] = declared.streams
         self._gates += [Gate(block, self._handler(block), s) for block, s in streams.items()]
         names = sorted({str(group.block_list) for plan in self.plans for group in plan.groups})
@@ -101,7 +99,7 @@ class PlanRun:
         self._undo: list[Callable[[], None]] = []
         self._runs = 0
         self._others: Counter[str] = Counter()
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
 
     # -- putting on and taking off -------------------------------------------------------------
 
@@ -188,7 +186,7 @@ class PlanRun:
 
     def _flushing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
         for session in self._live:
-            session.flush()
+            session.units.flush()
         return inner(*args, **kwargs)
 
     def _refusing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
@@ -277,7 +275,7 @@ class PlanRun:
             session = context.session
             if session is None:
                 return inner(*args, **kwargs)
-            return session.block(block, inner, args, kwargs)
+            return session.units.block(block, inner, args, kwargs)
 
         return handle
 
@@ -319,27 +317,24 @@ class PlanRun:
 
     def warn(self, message: str) -> None:
         """Warn, once, of what is the same but for numbers."""
-        kind = _kind(message)
-        if kind not in self._warned:
-            self._warned.add(kind)
+        if self.new([message]):
             warnings.warn(f"LayerCache: {message}", stacklevel=2)
 
-    def said(self, messages: list[str]) -> None:
-        """These were warned of already."""
-        self._warned.update(_kind(message) for message in messages)
+    def new(self, messages: Iterable[str]) -> list[str]:
+        """Those that were not said before, but for their numbers; they are said from now on."""
+        fresh = []
+        for message in messages:
+            kind = re.sub(r"[\d.]+", "0", message)
+            if kind not in self._said:
+                self._said.add(kind)
+                fresh.append(message)
+        return fresh
 
     def warn_of(self, report: RunReport) -> None:
         """One warning of all that a run found otherwise than planned, and that is new."""
-        new = []
-        for text in report.warnings:
-            kind = _kind(text)
-            if kind not in self._warned:
-                self._warned.add(kind)
-                new.append(text)
-        if new:
-            text = "; ".join(new)
+        if new := self.new(report.warnings):
             warnings.warn(
-                f"LayerCache: a run differed from its plan; report() tells how: {text}",
+                f"LayerCache: a run differed from its plan; report() tells how: {'; '.join(new)}",
                 stacklevel=2,
             )
 
@@ -363,13 +358,8 @@ class PlanRun:
     @property
     def held_bytes(self) -> int:
         """Bytes of all tensors that the plan holds now."""
-        return sum(session.held_bytes for session in self._live)
+        return sum(session.units.held_bytes for session in self._live)
 
     def report(self) -> RunReport:
         """What the latest run did, next to what the plan said."""
         return self._latest.report(self._others)
-
-
-def _kind(message: str) -> str:
-    """A message without its numbers: what differs in those alone is said once."""
-    return re.sub(r"[\d.]+", "0", message)

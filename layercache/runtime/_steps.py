@@ -24,6 +24,8 @@ from layercache.runtime.executor import StepExecutor
 class StepRunner:
     """State of the step unit."""
 
+    name = "step"
+
     def __init__(
         self, schedule: Schedule, sigmas: Sequence[float], on_problem: Callable[[str], None]
     ) -> None:

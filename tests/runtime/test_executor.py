@@ -341,8 +341,9 @@ def test_a_linear_residual_is_extrapolated_exactly_with_one_tap_or_several() -> 
         problems: list[str] = []
         clock: Any = Clock()
         block_list: Any = None
+        blocks = [torch.nn.Identity()]
         runner = GroupRunner(
-            unit.name, block_list, unit.schedule(sigmas), (0, 1), problems.append, clock
+            unit, unit.schedule(sigmas), block_list, blocks, problems.append, clock
         )
         branch = (None, 0)
         for at in (0, 1, 3):
