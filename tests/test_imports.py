@@ -46,12 +46,12 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"errors"},
     "refine": {
         "errors", "stats", "costs", "plan", "prediction", "verify", "models", "calibration",
-        "runtime",
+        "runtime", "evaluation",
     },
     "evaluation": {
         "errors", "_json", "_write", "stats", "options", "costs", "plan", "prediction", "choices",
         "models",
-        "compile", "calibration", "runtime", "reference", "refine",
+        "compile", "calibration", "runtime", "reference",
     },
     "cli": {
         "choices", "errors", "_json", "_write", "stats", "options", "plan", "plan_set", "compile",

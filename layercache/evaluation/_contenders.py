@@ -96,10 +96,10 @@ class Contenders:
 
     def _validation_psnr(self, method: Method) -> float:
         if self._references is None:
-            self._references = [run_once(self.pipe, Uncached(), b)[0] for b in self.validation]
+            self._references = [run_once(self.pipe, Uncached(), b).images for b in self.validation]
         values: list[float] = []
         for batch, reference in zip(self.validation, self._references, strict=True):
-            values += fidelity(run_once(self.pipe, method, batch)[0], reference).psnr_db
+            values += fidelity(run_once(self.pipe, method, batch).images, reference).psnr_db
         return sum(values) / len(values)
 
     def _speedup(self, fresh: int) -> float:

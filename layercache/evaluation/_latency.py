@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -51,22 +50,16 @@ class Run:
     cpu_seconds: float
 
 
-def timed_run(pipe: Any, method: Method, batch: Batch) -> Run:
+def run_once(pipe: Any, method: Method, batch: Batch) -> Run:
     """One generation under a method, with the times of the call by two clocks."""
-    changed = dataclasses.replace(batch, arguments={**batch.arguments, **method.call_changes})
+    arguments = {**batch.arguments, **method.call_changes}
     with torch.no_grad(), method.attach(pipe):
         _synchronise()
         cpu, began = time.process_time(), time.perf_counter()
-        images = run_pipeline(pipe, changed.arguments)
+        images = run_pipeline(pipe, arguments)
         _synchronise()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     return Run(images, seconds, cpu)
-
-
-def run_once(pipe: Any, method: Method, batch: Batch) -> tuple[Tensor, float]:
-    """One generation under a method: its images on the CPU, and the seconds of the call."""
-    run = timed_run(pipe, method, batch)
-    return run.images, run.seconds
 
 
 def time_interleaved(
@@ -99,10 +92,10 @@ def time_interleaved(
     for repeat in range(repeats):
         for batch in batches:
             for index, method in enumerate(methods):
-                result, took = run_once(pipe, method, batch)
-                seconds[index].append(took)
+                run = run_once(pipe, method, batch)
+                seconds[index].append(run.seconds)
                 if repeat == 0:
-                    images[index].append(result)
+                    images[index].append(run.images)
                 tick()
     return [Timing(tuple(s), torch.cat(i)) for s, i in zip(seconds, images, strict=True)]
 
