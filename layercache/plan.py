@@ -41,6 +41,8 @@ __all__ = [
 SCHEMA_VERSION: Literal[1] = 1
 """The only one; drafts of the format are not read."""
 _MAX_STEPS = 10_000
+_TOLD = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "guider", "dtype", "checkpoint")
+"""What `made_for` tells of a setting besides size and steps."""
 
 
 class Plan(JsonFile):
@@ -242,12 +244,6 @@ class Plan(JsonFile):
             if name in self.setting and self.setting[name] != value
         ]
 
-    def cache_bytes(
-        self, group_bytes: Mapping[str, int], velocity_bytes: int, output_bytes: int
-    ) -> int:
-        """`costs.peak_bytes` of this plan's schedules."""
-        return costs.peak_bytes(self.schedules, group_bytes, velocity_bytes, output_bytes)
-
     def _came_to(self) -> str:
         """What a quality that was asked for came to."""
         if self.budget.psnr_db is None:
@@ -256,7 +252,8 @@ class Plan(JsonFile):
             return ": everything is computed, since no caching is foretold to keep it"
         return f": foretold to be kept at {self.predicted.speedup:.2f}x"
 
-    def _made_for(self) -> str:
+    @property
+    def made_for(self) -> str:
         """The run that the plan is for, as far as its setting tells."""
         told = self.setting
         parts = [f"{told.get('pipeline', self.model.class_name)}.{self.component}"]
@@ -273,18 +270,14 @@ class Plan(JsonFile):
         elif shift is not None:
             steps += f" (shift {shift:g})" if isinstance(shift, int | float) else ""
         parts.append(steps)
-        guidance = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "guider", "dtype")
-        parts += [f"{name} {told[name]}" for name in guidance if told.get(name) is not None]
+        parts += [f"{name} {told[name]}" for name in _TOLD if told.get(name) is not None]
         return ", ".join(parts)
 
-    def _how_to_read(self) -> str:
-        """What the predicted figures are, and what they are not."""
+    @property
+    def foretold_of(self) -> str:
+        """The prompts that predicted figures are over."""
         count = self.provenance.get("calibration_prompts")
-        prompts = f"{count} calibration prompts" if isinstance(count, int) else "its calibration"
-        return (
-            f"foretold of {prompts}, which is no bound: single prompts can come out far lower "
-            "(`layercache eval` measures)"
-        )
+        return f"{count} calibration prompts" if isinstance(count, int) else "calibration prompts"
 
     def summary(self) -> str:
         """The grid and the figures, for a person."""
@@ -294,7 +287,7 @@ class Plan(JsonFile):
         lines = [
             f"Plan for {self.model.class_name}, {self.num_steps} steps, budget {self.budget}"
             + self._came_to(),
-            f"  made for: {self._made_for()}",
+            f"  made for: {self.made_for}",
             f"  {'step':<{width}}  {ruler}",
         ]
         for unit in self.units:
@@ -310,7 +303,8 @@ class Plan(JsonFile):
             "  # computed   0 skipped or reused   1-9, a-z predicted with span K   . idle",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
             f"PSNR {psnr}, cache {p.cache_bytes / 2**20:.2f} MiB an image",
-            f"    {self._how_to_read()}",
+            f"    foretold of {self.foretold_of}, which is no bound: single prompts can come out "
+            "far lower (`layercache eval` measures)",
             f"  measured: {self.measured or 'nothing'}",
             f"  certificate: {self.certificate}",
         ]

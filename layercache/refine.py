@@ -38,7 +38,7 @@ from layercache.costs import cache_bytes
 from layercache.errors import LayerCacheError, ModelMismatchError, StatsError
 from layercache.evaluation.metrics import latent_psnr, psnr
 from layercache.models.pipelines import decodes, run_pipeline
-from layercache.models.stepping import moved_sample, tap_step, tapped_step
+from layercache.models.stepping import moved_sample, tapped_step
 from layercache.plan import Budget, Plan, UnitPlan
 from layercache.prediction import DEPTH, predicted_psnr, resample
 from layercache.prediction.error import moves_as_euler
@@ -243,11 +243,8 @@ def _uncached(pipe: Any, batch: Batch, plan: Plan) -> tuple[Truth, Tensor]:
     def on_move(used: Tensor, sample: Tensor, result: Any) -> None:
         latents[plan.num_steps] = flat(moved_sample(result))
 
-    restore = tap_step(pipe.scheduler, on_step, on_move)
-    try:
+    with tapped_step(pipe.scheduler, on_step, on_move):
         images = run_pipeline(pipe, batch.arguments)
-    finally:
-        restore()
     return Truth(latents, np.array(lengths)), images
 
 

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "choices": {"errors", "stats", "options", "plan", "compile"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
-    "runtime": {"errors", "plan", "plan_set", "models"},
+    "runtime": {"errors", "costs", "plan", "plan_set", "models"},
     "reference": {"errors"},
     "refine": {
         "errors", "stats", "costs", "plan", "prediction", "verify", "models", "calibration",

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
+from layercache.costs import peak_bytes
 from layercache.plan import Plan
 from layercache.runtime._groups import Branch, GroupRunner
 from layercache.runtime._report import RunReport, UnitReport
@@ -63,7 +64,8 @@ class Record:
     ) -> RunReport:
         """Next to what the plan said. Times wait for the device; `timed=False` leaves them out."""
         plan = units.plan
-        planned = plan.cache_bytes(
+        planned = peak_bytes(
+            plan.schedules,
             {group.name: sum(group.bytes_per_value.values()) for group in units.groups},
             self.velocity_bytes,
             sum(units.step.bytes_per_output.values()),

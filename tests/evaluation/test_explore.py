@@ -86,7 +86,7 @@ def test_text_of_a_model_cannot_leave_its_place(stats: CalibrationStats) -> None
     hostile = "</script><img src=x onerror=alert(1)>"
     changed = replace(stats, setting=dict(stats.setting) | {"pipeline": hostile})
     made = explore_page(changed, shares=(0.5,))
-    assert hostile not in made and data_of(made)["facts"]["Pipeline"] == hostile
+    assert hostile not in made and hostile in data_of(made)["facts"]["Made for"]
 
 
 @pytest.mark.parametrize("text", [None, "[]", "{", '{"rows": []}', '{"rows": [{}], "images": 1}'])
