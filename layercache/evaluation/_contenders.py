@@ -31,7 +31,7 @@ class Contenders:
     """Builds the methods; what does not depend on the budget is computed once.
 
     Args:
-        pipe: The pipeline, for the validation runs that choose MeanCache's schedule.
+        pipe: The pipeline.
         stats: Calibration statistics, for plans and predicted speed.
         trajectories: Uncached runs of calibration prompts, for MeanCache.
         validation: Prompts, none of them held out, on which MeanCache's schedule is chosen.

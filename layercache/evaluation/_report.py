@@ -43,6 +43,21 @@ dt { color: #475569; }
 dd { margin: 0; }
 """
 
+_PICTURES = {
+    "pareto": ("Quality against cost", ""),
+    "plan": (
+        "The compiled plans",
+        "<p>One row a unit, one column a timestep. A number says how many earlier computed values "
+        "a cell reads besides the last. Groups that run wherever the step does are left out.</p>",
+    ),
+    "sheet": (
+        "Image sheet",
+        "<p>The first held-out prompts, not selected, with the difference to the uncached image "
+        "amplified under each.</p>",
+    ),
+}
+"""Of each picture, by name: the heading, and what is said of it."""
+
 
 def html_report(
     comparison: Comparison,
@@ -52,16 +67,7 @@ def html_report(
     *,
     title: str = "LayerCache report",
 ) -> str:
-    """Build the page.
-
-    Args:
-        comparison: The measured table.
-        plans: The compared plan of each target.
-        pictures: PNG bytes by name; "pareto", "plan" and "sheet" are shown where they are given.
-        facts: What was run and on what, as label and value.
-        title: The heading.
-    """
-    first = comparison.targets[0]
+    """The page: the table, the plans of each target, those of `_PICTURES` that are given, facts."""
     sections = [
         f"<h1>{escape(title)}</h1>",
         "<p>A plan decides, for every timestep and every group of transformer blocks, what is "
@@ -78,32 +84,11 @@ def html_report(
     if comparison.doubts:
         doubts = "<br>".join(escape(line) for line in comparison.doubts)
         sections.append(f"<p><b>Some timings cannot be right</b><br>{doubts}</p>")
-    if "pareto" in pictures:
-        sections += [
-            "<h2>Quality against cost</h2>",
-            picture_panel(pictures["pareto"], "Pareto plot"),
-        ]
-    if "plan" in pictures:
-        sections += [
-            "<h2>The compiled plans</h2>",
-            "<p>One row a unit, one column a timestep. A number says how many earlier computed "
-            "values a cell reads besides the last. Groups that run wherever the step does are left "
-            "out.</p>",
-            picture_panel(pictures["plan"], "Heat map of the plans"),
-        ]
-    if "sheet" in pictures:
-        sections += [
-            "<h2>Images</h2>",
-            "<p>The first held-out prompts, not selected, with the difference to the uncached "
-            "image amplified under each.</p>",
-            picture_panel(pictures["sheet"], "Image sheet"),
-        ]
-    if first in plans:
-        text = "\n\n".join(plan.summary() for plan in plans.values())
-        sections += [
-            "<h2>Plans as text</h2>",
-            f'<div class="panel"><pre>{escape(text)}</pre></div>',
-        ]
+    for name, (heading, words) in _PICTURES.items():
+        if name in pictures:
+            sections += [f"<h2>{heading}</h2>", words, picture_panel(pictures[name], heading)]
+    text = "\n\n".join(plan.summary() for plan in plans.values())
+    sections.append(f'<h2>Plans as text</h2><div class="panel"><pre>{escape(text)}</pre></div>')
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     sections += ["<h2>How this was measured</h2>", f'<div class="panel"><dl>{rows}</dl></div>']
     return html_page(title, sections)

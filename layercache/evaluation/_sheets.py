@@ -44,12 +44,6 @@ def image_sheet(
     frames are shown. Small images are enlarged without interpolation, so that every pixel is seen
     as it is.
 
-    Args:
-        comparison: The images.
-        prompts: Their captions.
-        count: How many are shown.
-        heading_of: The heading of a target.
-
     Raises:
         LayerCacheError: Pillow is not installed, or the comparison is one of latents.
     """

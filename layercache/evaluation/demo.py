@@ -28,16 +28,9 @@ SEEDS = {"calibration": 0, "validation": 1, "held-out": 2}
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo does.
+    """How much the demo does: steps, prompts of each split and of a call, lags that are measured.
 
-    Attributes:
-        steps: Inference steps of an uncached generation.
-        calibration: Prompts that are calibrated on.
-        validation: Prompts on which MeanCache's schedule is chosen.
-        held_out: Prompts that are reported.
-        batch: Prompts a pipeline call.
-        lags: Lags that calibration measures.
-        screened: MeanCache schedules that run on the validation prompts.
+    `screened` of MeanCache's schedules run on the validation prompts.
     """
 
     steps: int = STEPS
