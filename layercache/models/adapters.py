@@ -122,9 +122,13 @@ def register_adapter(adapter: Adapter) -> None:
 
 def supported_models() -> tuple[str, ...]:
     """Names of the transformer classes that have an adapter, sorted."""
+    return tuple(sorted(_known()))
+
+
+def _known() -> dict[str, Adapter]:
     from layercache.models._table import ADAPTERS
 
-    return tuple(sorted({**ADAPTERS, **_registered}))
+    return ADAPTERS | _registered
 
 
 def adapter_for(transformer: nn.Module, *, required: bool = True) -> Adapter:
@@ -139,11 +143,9 @@ def adapter_for(transformer: nn.Module, *, required: bool = True) -> Adapter:
         UnsupportedModelError: No class in the model's ancestry has an adapter, or the model has
             none of the lists that its adapter declares.
     """
-    from layercache.models._table import ADAPTERS
-
-    module = unwrap(transformer)
+    module, known = unwrap(transformer), _known()
     for ancestor in type(module).__mro__:
-        adapter = _registered.get(ancestor.__name__) or ADAPTERS.get(ancestor.__name__)
+        adapter = known.get(ancestor.__name__)
         if adapter is not None:
             present = tuple(b for b in adapter.block_lists if _has_blocks(module, b.name))
             if adapter.block_lists and not present:
