@@ -88,18 +88,7 @@ def refine_plan(
         >>> plan.provenance["refined"]["psnr_db_after"]  # doctest: +SKIP
         51.0
     """
-    cached = [schedule.cached for schedule in plan.schedules.values()]
-    if plan.asked.predictor != "fitted" or not any(map(any, cached)):
-        raise LayerCacheError(
-            f"this plan has nothing to refine: it caches {sum(map(sum, cached))} cells and its "
-            f"predictor is {plan.asked.predictor!r}; compile one that caches, with "
-            'predictor="fitted"'
-        )
-    if stats.passes > 1:
-        raise LayerCacheError(
-            "this plan is for a scheduler that calls the model twice a step, whose taps cannot be "
-            "refined: use the plan as it was compiled"
-        )
+    _check(stats, plan)
     arguments = {**(call_kwargs or {}), "num_inference_steps": plan.num_steps}
     work = batches(prompts, seed, len(prompts), arguments)
     if len(prompts) < 2 or len(work) > 1:
@@ -138,6 +127,21 @@ def refine_plan(
         "kept": better,
     }
     return found.model_copy(update={"provenance": {**found.provenance, "refined": note}})
+
+
+def _check(stats: CalibrationStats, plan: Plan) -> None:
+    cached = [schedule.cached for schedule in plan.schedules.values()]
+    if plan.asked.predictor != "fitted" or not any(map(any, cached)):
+        raise LayerCacheError(
+            f"this plan has nothing to refine: it caches {sum(map(sum, cached))} cells and its "
+            f"predictor is {plan.asked.predictor!r}; compile one that caches, with "
+            'predictor="fitted"'
+        )
+    if stats.passes > 1:
+        raise LayerCacheError(
+            "this plan is for a scheduler that calls the model twice a step, whose taps cannot be "
+            "refined: use the plan as it was compiled"
+        )
 
 
 @dataclass(frozen=True)
