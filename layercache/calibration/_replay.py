@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layercache.calibration._timing import Clock, Mark, StepTimes
+from layercache.calibration._timing import StepTimes
 from layercache.models._foreign import execution_device
 from layercache.models.adapters import (
     Adapter,
@@ -30,6 +30,7 @@ from layercache.models.adapters import (
     read_streams,
     write_outputs,
 )
+from layercache.models.clock import Clock, Mark
 from layercache.models.gates import Call, Gate
 from layercache.models.measuring import ResidualMeter, Streams
 from layercache.models.tensors import finite, map_tensors, tensor_bytes, tensors_in

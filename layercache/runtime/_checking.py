@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from layercache.errors import UnsupportedModelError
 from layercache.models.adapters import BlockList, adapter_for, blocks_of, check_signature
+from layercache.models.clock import Clock
 from layercache.models.gates import Gate
 from layercache.models.tensors import tensors_in
 from layercache.plan import UnitPlan
 from layercache.runtime._groups import Branch, GroupRunner
-from layercache.runtime._timing import Clock
 from layercache.runtime._trace import Trace
 
+_CPU = torch.device("cpu")
 _SIGMAS = (1.0, 0.5, 0.0)
 _BRANCH: Branch = (None, 0)
 
@@ -83,7 +84,7 @@ def _skipping(
     unit = UnitPlan(kind="group", cells="#0", block_list=block_list.name, start=first, stop=stop)
     blocks, problems = blocks_of(transformer, block_list), list[str]()
     schedule = unit.schedule(_SIGMAS)
-    runner = GroupRunner(unit, schedule, block_list, blocks, problems.append, Clock())
+    runner = GroupRunner(unit, schedule, block_list, blocks, problems.append, Clock(_CPU))
     runner.begin_run()
     gates = []
     for block, handler in runner.handlers.items():

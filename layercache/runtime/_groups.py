@@ -19,12 +19,12 @@ from torch import nn
 
 from layercache.errors import UnsupportedModelError
 from layercache.models.adapters import BlockList, read_streams, write_outputs
+from layercache.models.clock import Clock, Mark
 from layercache.models.gates import Call, Handler
 from layercache.models.measuring import ResidualMeter, Streams
 from layercache.models.tensors import tensor_bytes
 from layercache.plan import Schedule, UnitPlan
 from layercache.runtime._offloading import Transfers, shared_transfers
-from layercache.runtime._timing import Clock, Mark
 from layercache.runtime.arithmetic import add, affine
 
 Branch = tuple[str | None, int]

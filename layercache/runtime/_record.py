@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 from layercache.costs import peak_bytes
+from layercache.models.clock import Clock, Mark
 from layercache.plan import Plan
 from layercache.runtime._groups import Branch, GroupRunner
 from layercache.runtime._report import RunReport, UnitReport
 from layercache.runtime._steps import StepRunner
-from layercache.runtime._timing import Mark, Stopwatch
 from layercache.runtime._units import Units
 
 STEP = "step"
@@ -30,7 +30,7 @@ class Record:
         self.velocity_bytes = 0
         # By unit and branch: whether each step was computed.
         self._seen: dict[str, dict[Branch, dict[int, bool]]] = {}
-        self._watches: dict[tuple[str, Branch, bool], Stopwatch] = {}
+        self._spans: dict[tuple[str, Branch, bool], list[tuple[Mark, Mark]]] = {}
         self._started = self._ended = time.perf_counter()
 
     def count(
@@ -45,8 +45,7 @@ class Record:
         """One call of a unit at a step, computed or predicted, and between which marks."""
         self._seen.setdefault(unit, {}).setdefault(branch, {})[step] = computed
         if start is not None and end is not None:
-            key = (unit, branch, computed)
-            self._watches.setdefault(key, Stopwatch()).add(start, end)
+            self._spans.setdefault((unit, branch, computed), []).append((start, end))
 
     def held(self, size: int) -> None:
         """So many bytes are held now."""
@@ -123,8 +122,8 @@ class Record:
         )
 
     def _time(self, unit: str, branch: Branch, computed: bool, timed: bool) -> float:
-        watch = self._watches.get((unit, branch, computed))
-        return watch.seconds if timed and watch is not None else 0.0
+        spans = self._spans.get((unit, branch, computed), ()) if timed else ()
+        return sum((Clock.seconds(*span) for span in spans), 0.0)
 
 
 def label(branch: Branch) -> str:

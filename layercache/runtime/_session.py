@@ -20,6 +20,7 @@ from torch import Tensor
 from layercache.errors import ModelMismatchError
 from layercache.models._foreign import starts_anywhere
 from layercache.models.calling import call_setting, latent_shape
+from layercache.models.clock import Clock
 from layercache.models.fingerprint import setting_of
 from layercache.models.gates import Call
 from layercache.models.patching import own_methods
@@ -38,13 +39,13 @@ from layercache.runtime._position import Position, compare_sigmas
 from layercache.runtime._record import STEP, Record
 from layercache.runtime._report import RunReport
 from layercache.runtime._surroundings import Loop
-from layercache.runtime._timing import Clock
 from layercache.runtime._units import Units
 from layercache.runtime.arithmetic import signature
 
 if TYPE_CHECKING:
     from layercache.runtime._run import PlanRun
 
+_CPU = torch.device("cpu")
 OnMismatch = Literal["error", "compute"]
 _SIZES = frozenset({"height", "width", "num_frames"})
 
@@ -55,7 +56,7 @@ class Session:
     def __init__(self, run: PlanRun, pipe: Any) -> None:
         self.pipe, self.scheduler = pipe, pipe.scheduler
         self.run = run
-        self._clock = Clock()
+        self._clock = Clock(_CPU)
         self._position = Position(self.scheduler, run.plans[0].sigmas)
         self._record = Record()
         self.units = self._units_of(run.plans[0])
@@ -133,7 +134,9 @@ class Session:
             self._loop = self.run.loops.innermost(self._left)
         record, clock, units = self._record, self._clock, self.units
         record.held(self.units.held_bytes)
-        clock.follow(shapes[0][-1] if shapes else None)
+        device = shapes[0][-1] if shapes else _CPU
+        # Other devices' clocks would have to wait for them.
+        clock.device = device if device.type == "cuda" else _CPU
         start = clock.mark()
         answer = units.step.answer(step, branch)
         if answer is not None:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from layercache.models.adapters import Adapter, BlockList, blocks_of
+from layercache.models.clock import Clock
 from layercache.models.gates import Call, Handler
 from layercache.plan import Plan, UnitPlan
 from layercache.runtime._groups import Branch, GroupRunner
 from layercache.runtime._steps import StepRunner
-from layercache.runtime._timing import Clock
 
 
 def placed(
