@@ -15,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -25,7 +25,7 @@ from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedMo
 from layercache.models._foreign import CALL_SLOT
 from layercache.models.adapters import Adapter, unwrap
 from layercache.models.calling import calling_pipeline
-from layercache.models.gates import Call, Gate, Handler, is_compiled
+from layercache.models.gates import Call, Gate, is_compiled
 from layercache.models.patching import Function, own_methods, wrap_method, wrappers
 from layercache.models.pipelines import loop_owners
 from layercache.plan import Plan
@@ -92,7 +92,7 @@ class PlanRun:
             for group, declared, blocks in placed(each, self.transformer, adapter):
                 for position in gate_positions(group, each.schedules[group.name]):
                     streams[blocks[position]] = declared.streams
-        self._gates += [Gate(block, self._handler(block), s) for block, s in streams.items()]
+        self._gates += [Gate(block, partial(self._block, block), s) for block, s in streams.items()]
         names = sorted({str(group.block_list) for plan in self.plans for group in plan.groups})
         self._trace = Trace(self.transformer, adapter, names) if names else None
         self._tracing = threading.Lock()
@@ -147,12 +147,7 @@ class PlanRun:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def watch(self, pipe: Any) -> list[Callable[[], None]]:
@@ -268,16 +263,13 @@ class PlanRun:
                     "then apply it again"
                 )
 
-    def _handler(self, block: nn.Module) -> Handler:
-        context = self.context
-
-        def handle(inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            session = context.session
-            if session is None:
-                return inner(*args, **kwargs)
-            return session.units.block(block, inner, args, kwargs)
-
-        return handle
+    def _block(
+        self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of a block, which may be of a group of another plan of the set."""
+        session = self.context.session
+        handler = None if session is None else session.units.handlers.get(block)
+        return inner(*args, **kwargs) if handler is None else handler(inner, args, kwargs)
 
     # -- what sessions ask for -----------------------------------------------------------------
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import nn
 
 from layercache.models.adapters import Adapter, BlockList, blocks_of
 from layercache.models.clock import Clock
-from layercache.models.gates import Call, Handler
+from layercache.models.gates import Handler
 from layercache.plan import Plan, UnitPlan
 from layercache.runtime._groups import Branch, GroupRunner
 from layercache.runtime._steps import StepRunner
@@ -25,7 +24,10 @@ def placed(
 
 
 class Units:
-    """The runners of a plan's units; the step has one also where the plan has no row for it."""
+    """The runners of a plan's units; the step has one also where the plan has no row for it.
+
+    `handlers` is what the gates of all blocks do.
+    """
 
     def __init__(
         self,
@@ -43,21 +45,14 @@ class Units:
         ]
         self.by_name: dict[str, StepRunner | GroupRunner] = {self.step.name: self.step}
         self.by_name |= {runner.name: runner for runner in self.groups}
-        self._handlers: dict[nn.Module, Handler] = {}
+        self.handlers: dict[nn.Module, Handler] = {}
         for runner in self.groups:
-            self._handlers |= runner.handlers
+            self.handlers |= runner.handlers
 
     def begin_run(self) -> None:
         """Start counting bytes anew."""
         for unit in self.by_name.values():
             unit.begin_run()
-
-    def block(
-        self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """A call of a block, which may be of a group of another plan of the set."""
-        handler = self._handlers.get(block)
-        return inner(*args, **kwargs) if handler is None else handler(inner, args, kwargs)
 
     def finish_step(self, step: int) -> None:
         """Free what no step after `step` reads."""
