@@ -18,7 +18,7 @@ from layercache._json_file import JsonFile
 from layercache._plan_parts import Budget, Certificate, Measured, ModelFingerprint, Predicted
 from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Schedule, UnitPlan
 from layercache._version import VERSION
-from layercache.errors import ModelMismatchError, PlanError
+from layercache.errors import ModelMismatchError
 from layercache.options import Options
 from layercache.stats import CalibrationStats, FloatArray
 
@@ -94,11 +94,8 @@ class Plan(JsonFile):
                     f"units[{index}].cells[{step}] is {unit.cells[step]!r}: a group is idle (.) "
                     "at just those steps that the step unit skips"
                 )
-        try:
-            for unit in self.units:
-                unit.schedule(self.sigmas)
-        except PlanError as error:
-            raise ValueError(str(error)) from error
+        for unit in self.units:
+            unit.schedule(self.sigmas)
         return self
 
     def _check_places(self) -> None:

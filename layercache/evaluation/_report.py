@@ -5,43 +5,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from layercache.plan import Plan
 
 if TYPE_CHECKING:
     from layercache.evaluation._compare import Comparison, Row
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f8fafc; color: #0f172a;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
-h1 { font-size: 30px; margin: 0 0 4px; letter-spacing: -0.02em; }
-h2 { font-size: 20px; margin: 44px 0 10px; letter-spacing: -0.01em; }
-p { max-width: 75ch; margin: 8px 0; color: #334155; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 14px;
-  margin: 24px 0 8px; }
-.card, .panel { background: #fff; border: 1px solid #e2e8f0; border-radius: 10px; }
-.card { padding: 16px 18px; }
-.card b { display: block; font-size: 30px; line-height: 1.15; color: #c2410c; }
-.card span { color: #475569; font-size: 14px; }
-.panel { padding: 14px; overflow-x: auto; }
-.panel img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 12px; text-align: right; white-space: nowrap; }
-th { color: #475569; font-weight: 600; font-size: 13px; border-bottom: 2px solid #cbd5e1; }
-td { border-bottom: 1px solid #f1f5f9; }
-th:first-child, td:first-child { text-align: left; }
-tr.target td { padding-top: 16px; font-weight: 600; color: #0f172a; border-bottom-color: #cbd5e1; }
-tr.ours td { background: #fff7ed; }
-td.best { color: #c2410c; font-weight: 600; }
-pre { margin: 0; font: 12px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: 14px; }
-dt { color: #475569; }
-dd { margin: 0; }
-"""
 
 _PICTURES = {
     "pareto": ("Quality against cost", ""),
@@ -96,13 +66,8 @@ def html_report(
 
 def html_page(title: str, sections: Iterable[str]) -> str:
     """A complete page in the reports' style around sections of HTML."""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    page = files("layercache.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    return page.replace("{{title}}", escape(title)).replace("{{sections}}", "\n".join(sections))
 
 
 def _cards(comparison: Comparison) -> str:

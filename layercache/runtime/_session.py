@@ -74,8 +74,8 @@ class Session:
         self._caller: Any = None
         self._loop: Loop | None = None
         self._signatures: dict[Branch, tuple[Any, ...]] = {}
-        self._answered: set[Branch] = set()
-        self._computed: set[Branch] = set()
+        # The calls of the step under way, and whether each was computed.
+        self._called: dict[Branch, bool] = {}
         # Steps that the scheduler made in a run in which this transformer was not called yet.
         self._unclaimed: tuple[Any, set[int]] = (None, set())
 
@@ -106,8 +106,8 @@ class Session:
     def end(self) -> None:
         """The run under way, if any, was left: nothing is kept for it."""
         self._loop = None
-        for held in (self._answered, self._computed, self._forms):
-            held.clear()
+        self._called.clear()
+        self._forms.clear()
         self.units.flush()
 
     # -- calls of the transformer --------------------------------------------------------------
@@ -140,12 +140,12 @@ class Session:
         start = clock.mark()
         answer = units.step.answer(step, branch)
         if answer is not None:
-            self._answered.add(branch)
+            self._called[branch] = False
             if self._position.twice:
                 self._forms[branch] = answer
             record.count(STEP, branch, step, False, start, clock.mark())
             return answer
-        self._computed.add(branch)
+        self._called[branch] = True
         for group in units.groups:
             group.begin(step, branch)
         output = self.run.traced(inner, args, kwargs)
@@ -281,8 +281,7 @@ class Session:
                 self.units.flush()
         self._position.enter(step)
         self._record.steps_seen.add(step)
-        self._answered.clear()
-        self._computed.clear()
+        self._called.clear()
 
     # -- the scheduler's step ------------------------------------------------------------------
 
@@ -295,7 +294,7 @@ class Session:
         if self._again:
             position.stepped()
             return velocity
-        called = position.under_way and bool(self._answered or self._computed)
+        called = position.under_way and bool(self._called)
         position.stepped()
         if not called:
             self._stepped_elsewhere(index, at)
@@ -303,17 +302,14 @@ class Session:
         self._step = step = position.step
         if position.twice and self.plan.step_unit is not None:
             self._owned = step
-        record.calls[step] = len(self._answered | self._computed)
+        record.calls[step] = len(self._called)
         if len(record.calls) == 1:
             self._compare_shape(sample)
         record.velocity_bytes = velocity.nbytes
-        result = self.units.step.guided(
-            step, velocity, frozenset(self._answered), frozenset(self._computed)
-        )
+        result = self.units.step.guided(step, velocity, self._called)
         record.held(self.units.held_bytes)
         self.units.finish_step(step)
-        self._answered.clear()
-        self._computed.clear()
+        self._called.clear()
         record.stepped()
         self._warn_at_end(step)
         return result
