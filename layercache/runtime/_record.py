@@ -14,8 +14,6 @@ from layercache.runtime._report import RunReport, UnitReport
 from layercache.runtime._steps import StepRunner
 from layercache.runtime._units import Units
 
-STEP = "step"
-
 
 class Record:
     """Counts, bytes and times of one run, by unit and branch."""

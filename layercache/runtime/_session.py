@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from layercache.costs import STEP
 from layercache.errors import ModelMismatchError
 from layercache.models._foreign import starts_anywhere
 from layercache.models.calling import call_setting, latent_shape
@@ -36,7 +37,7 @@ from layercache.models.tensors import map_tensors
 from layercache.plan import Plan
 from layercache.runtime._groups import Branch
 from layercache.runtime._position import Position, compare_sigmas
-from layercache.runtime._record import STEP, Record
+from layercache.runtime._record import Record
 from layercache.runtime._report import RunReport
 from layercache.runtime._surroundings import Loop
 from layercache.runtime._units import Units

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layercache.costs import STEP
 from layercache.models.tensors import map_tensors, tensor_bytes
 from layercache.plan import Schedule
 from layercache.runtime._groups import Branch
@@ -24,7 +25,7 @@ from layercache.runtime.executor import StepExecutor
 class StepRunner:
     """State of the step unit."""
 
-    name = "step"
+    name = STEP
 
     def __init__(
         self, schedule: Schedule, sigmas: Sequence[float], on_problem: Callable[[str], None]
