@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from layercache.plan import Plan
 
@@ -50,23 +49,22 @@ def section(
         f'    image = pipe("a prompt"{call}).images[0]',
         "```",
         "",
-        "| steps | "
-        + ("speedup | compute | PSNR, median (mean; worst prompt) | memory an image |"),
+        "| steps | speedup | compute | PSNR, median (mean; worst prompt) | memory an image |",
         "|---|---|---|---|---|",
         *(_row(plan) for plan in plans),
         "",
         "All figures are foretold from calibration, none is measured on the running plan: the "
         "speedup from the times of the calibration machine, the PSNR against the uncached image "
-        f"over {_prompts(first)}. They are no bounds; a prompt whose caption leaves much open can "
-        "come out as another image. `layercache eval` measures on your own prompts.",
+        f"over {first.foretold_of}. They are no bounds; a prompt whose caption leaves much open "
+        "can come out as another image. `layercache eval` measures on your own prompts.",
     ]
     if picture is not None:
         lines += ["", f"![the plan, step by step]({picture})"]
     lines += [
         "",
-        f"Calibrated on {_prompts(first)}"
+        f"Calibrated on {first.foretold_of}"
         + (f" (licence of the prompts: {prompts_license})" if prompts_license else "")
-        + f", {_setting(first)}. Made with {first.generator}.",
+        + f", for {first.made_for}. Made with {first.generator}.",
     ]
     return "\n".join(lines)
 
@@ -87,19 +85,3 @@ def _row(plan: Plan) -> str:
         f"| {plan.num_steps} | {p.speedup:.2f}x | {100 * p.compute_share:.0f} % | {quality} | "
         f"{p.cache_bytes / 2**20:.1f} MiB |"
     )
-
-
-def _prompts(plan: Plan) -> str:
-    count: Any = plan.provenance.get("calibration_prompts")
-    return f"{count} calibration prompts" if isinstance(count, int) else "calibration prompts"
-
-
-def _setting(plan: Plan) -> str:
-    setting = plan.setting
-    parts = [f"{plan.num_steps} steps"]
-    for key, words in (("scheduler", ""), ("dtype", ""), ("checkpoint", "weights ")):
-        if setting.get(key):
-            parts.append(f"{words}{setting[key]}")
-    if setting.get("height") and setting.get("width"):
-        parts.append(f"{setting['width']}x{setting['height']} pixels")
-    return ", ".join(parts)

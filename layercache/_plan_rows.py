@@ -91,6 +91,11 @@ class UnitPlan(Frozen):
         """`step`, or for example `transformer_blocks[0:8]`."""
         return "step" if self.kind == "step" else f"{self.block_list}[{self.start}:{self.stop}]"
 
+    @property
+    def positions(self) -> range:
+        """Positions of a group's blocks in their list."""
+        return range(self.start or 0, self.stop or 0)
+
     @model_validator(mode="after")
     def _valid(self) -> UnitPlan:
         place = (self.block_list, self.start, self.stop)
@@ -176,10 +181,7 @@ class UnitPlan(Frozen):
                 "is not computed"
             )
         tap = (sigmas[step] - sigmas[anchor]) / (sigmas[anchor] - sigmas[base])
-        try:
-            _check_sum(place, (tap,))
-        except ValueError as error:
-            raise PlanError(str(error)) from error
+        _check_sum(place, (tap,))
         return ((base, tap),)
 
 
@@ -191,6 +193,6 @@ def _pairs(row: Sequence[float], done: Sequence[int]) -> Pairs:
 def _check_sum(place: str, taps: Sequence[float]) -> None:
     total = sum(abs(tap) for tap in taps)
     if not total <= MAX_TAP_SUM:
-        raise ValueError(
+        raise PlanError(
             f"{place}: taps add up to {total:g} in absolute value; {MAX_TAP_SUM:g} can be"
         )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,7 +18,7 @@ from layercache._json_file import JsonFile
 from layercache._plan_parts import Budget, Certificate, Measured, ModelFingerprint, Predicted
 from layercache._plan_rows import COMPUTED, IDLE, MAX_SPAN, SPANS, Schedule, UnitPlan
 from layercache._version import VERSION
-from layercache.errors import ModelMismatchError, PlanError
+from layercache.errors import ModelMismatchError
 from layercache.options import Options
 from layercache.stats import CalibrationStats, FloatArray
 
@@ -41,6 +41,8 @@ __all__ = [
 SCHEMA_VERSION: Literal[1] = 1
 """The only one; drafts of the format are not read."""
 _MAX_STEPS = 10_000
+_TOLD = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "guider", "dtype", "checkpoint")
+"""What `made_for` tells of a setting besides size and steps."""
 
 
 class Plan(JsonFile):
@@ -92,11 +94,8 @@ class Plan(JsonFile):
                     f"units[{index}].cells[{step}] is {unit.cells[step]!r}: a group is idle (.) "
                     "at just those steps that the step unit skips"
                 )
-        try:
-            for unit in self.units:
-                unit.schedule(self.sigmas)
-        except PlanError as error:
-            raise ValueError(str(error)) from error
+        for unit in self.units:
+            unit.schedule(self.sigmas)
         return self
 
     def _check_places(self) -> None:
@@ -194,6 +193,11 @@ class Plan(JsonFile):
         return next((unit for unit in self.units if unit.kind == "step"), None)
 
     @property
+    def step_row(self) -> UnitPlan:
+        """The row of the whole step; one that computes every step where the plan has none."""
+        return self.step_unit or UnitPlan(kind="step", cells=COMPUTED * self.num_steps)
+
+    @property
     def groups(self) -> tuple[UnitPlan, ...]:
         """The rows of block groups, in order."""
         return tuple(unit for unit in self.units if unit.kind == "group")
@@ -201,10 +205,7 @@ class Plan(JsonFile):
     @property
     def run_steps(self) -> tuple[bool, ...]:
         """(T,) whether the transformer runs at each step."""
-        unit = self.step_unit
-        if unit is None:
-            return (True,) * self.num_steps
-        return tuple(symbol == COMPUTED for symbol in unit.cells)
+        return tuple(symbol == COMPUTED for symbol in self.step_row.cells)
 
     @cached_property
     def schedules(self) -> dict[str, Schedule]:
@@ -226,18 +227,19 @@ class Plan(JsonFile):
                     f"this plan is for another model: {name} is {mine!r} in the plan and "
                     f"{theirs!r} in the model; compile a plan from statistics of this model"
                 )
+        return self.differences(setting or {})
+
+    def differences(
+        self, setting: Mapping[str, Any], left_out: Collection[str] = frozenset()
+    ) -> list[str]:
+        """What this setting and the plan's both know and have otherwise, in words."""
         return [
             f"{name} is {self.setting[name]!r} in the plan and {value!r} here"
-            for name, value in (setting or {}).items()
+            for name, value in setting.items()
             # What matters of the call stands beside it, by name.
-            if name != "call" and name in self.setting and self.setting[name] != value
+            if name != "call" and name not in left_out
+            if name in self.setting and self.setting[name] != value
         ]
-
-    def cache_bytes(
-        self, group_bytes: Mapping[str, int], velocity_bytes: int, output_bytes: int
-    ) -> int:
-        """`costs.peak_bytes` of this plan's schedules."""
-        return costs.peak_bytes(self.schedules, group_bytes, velocity_bytes, output_bytes)
 
     def _came_to(self) -> str:
         """What a quality that was asked for came to."""
@@ -247,7 +249,8 @@ class Plan(JsonFile):
             return ": everything is computed, since no caching is foretold to keep it"
         return f": foretold to be kept at {self.predicted.speedup:.2f}x"
 
-    def _made_for(self) -> str:
+    @property
+    def made_for(self) -> str:
         """The run that the plan is for, as far as its setting tells."""
         told = self.setting
         parts = [f"{told.get('pipeline', self.model.class_name)}.{self.component}"]
@@ -264,18 +267,14 @@ class Plan(JsonFile):
         elif shift is not None:
             steps += f" (shift {shift:g})" if isinstance(shift, int | float) else ""
         parts.append(steps)
-        guidance = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "guider", "dtype")
-        parts += [f"{name} {told[name]}" for name in guidance if told.get(name) is not None]
+        parts += [f"{name} {told[name]}" for name in _TOLD if told.get(name) is not None]
         return ", ".join(parts)
 
-    def _how_to_read(self) -> str:
-        """What the predicted figures are, and what they are not."""
+    @property
+    def foretold_of(self) -> str:
+        """The prompts that predicted figures are over."""
         count = self.provenance.get("calibration_prompts")
-        prompts = f"{count} calibration prompts" if isinstance(count, int) else "its calibration"
-        return (
-            f"foretold of {prompts}, which is no bound: single prompts can come out far lower "
-            "(`layercache eval` measures)"
-        )
+        return f"{count} calibration prompts" if isinstance(count, int) else "calibration prompts"
 
     def summary(self) -> str:
         """The grid and the figures, for a person."""
@@ -285,7 +284,7 @@ class Plan(JsonFile):
         lines = [
             f"Plan for {self.model.class_name}, {self.num_steps} steps, budget {self.budget}"
             + self._came_to(),
-            f"  made for: {self._made_for()}",
+            f"  made for: {self.made_for}",
             f"  {'step':<{width}}  {ruler}",
         ]
         for unit in self.units:
@@ -301,7 +300,8 @@ class Plan(JsonFile):
             "  # computed   0 skipped or reused   1-9, a-z predicted with span K   . idle",
             f"  predicted: {p.speedup:.2f}x, {100 * p.compute_share:.1f} % of the compute, "
             f"PSNR {psnr}, cache {p.cache_bytes / 2**20:.2f} MiB an image",
-            f"    {self._how_to_read()}",
+            f"    foretold of {self.foretold_of}, which is no bound: single prompts can come out "
+            "far lower (`layercache eval` measures)",
             f"  measured: {self.measured or 'nothing'}",
             f"  certificate: {self.certificate}",
         ]

@@ -36,15 +36,16 @@ from torch import Tensor
 from layercache.calibration.prompts import Batch, Prompt, batches
 from layercache.costs import cache_bytes
 from layercache.errors import LayerCacheError, ModelMismatchError, StatsError
+from layercache.evaluation.metrics import latent_psnr, psnr
 from layercache.models.pipelines import decodes, run_pipeline
-from layercache.models.stepping import moved_sample, tap_step, tapped_step
-from layercache.plan import COMPUTED, Budget, Certificate, Plan, UnitPlan
+from layercache.models.stepping import moved_sample, tapped_step
+from layercache.plan import Budget, Plan, UnitPlan
 from layercache.prediction import DEPTH, predicted_psnr, resample
 from layercache.prediction.error import moves_as_euler
 from layercache.prediction.ridge import DECIMALS, fit_row
 from layercache.runtime import StepExecutor, apply_plan
 from layercache.runtime.arithmetic import affine
-from layercache.stats import CalibrationStats, FloatArray
+from layercache.stats import CalibrationStats
 from layercache.verify import recompute, verify
 
 Array = NDArray[np.float64]
@@ -87,18 +88,7 @@ def refine_plan(
         >>> plan.provenance["refined"]["psnr_db_after"]  # doctest: +SKIP
         51.0
     """
-    cached = [schedule.cached for schedule in plan.schedules.values()]
-    if plan.asked.predictor != "fitted" or not any(map(any, cached)):
-        raise LayerCacheError(
-            f"this plan has nothing to refine: it caches {sum(map(sum, cached))} cells and its "
-            f"predictor is {plan.asked.predictor!r}; compile one that caches, with "
-            'predictor="fitted"'
-        )
-    if stats.passes > 1:
-        raise LayerCacheError(
-            "this plan is for a scheduler that calls the model twice a step, whose taps cannot be "
-            "refined: use the plan as it was compiled"
-        )
+    _check(stats, plan)
     arguments = {**(call_kwargs or {}), "num_inference_steps": plan.num_steps}
     work = batches(prompts, seed, len(prompts), arguments)
     if len(prompts) < 2 or len(work) > 1:
@@ -107,18 +97,19 @@ def refine_plan(
             "or more, as strings, that fit into one call"
         )
     (batch,) = work
-    began = time.perf_counter()
+    here = stats if plan.asked.sigmas is None else resample(stats, np.array(plan.asked.sigmas))
+    limit, began = plan.asked.max_cache_bytes, time.perf_counter()
     with torch.no_grad():
         truth, reference = _uncached(pipe, batch, plan)
         before = after = _psnr(pipe, batch, plan, reference)
         refined = plan
         for depth in range(DEPTH, 0, -1):
-            loop = ClosedLoop(plan, stats, depth, truth)
+            loop = ClosedLoop(plan, here, depth, truth)
             _run_closed(pipe, batch, plan, loop)
-            units = _with_step(plan, loop.row())
+            fitted = _with_step(plan, loop.row())
             # Deeper taps hold values longer; where bytes are limited, shallower ones have to do.
-            if _fits(stats, plan, units):
-                refined = _restated(stats, plan, units)
+            if limit is None or cache_bytes(here, fitted.schedules) <= limit:
+                refined = _restated(stats, here, fitted)
                 after = _psnr(pipe, batch, refined, reference)
                 break
     better, seconds = after > before, time.perf_counter() - began
@@ -138,6 +129,21 @@ def refine_plan(
     return found.model_copy(update={"provenance": {**found.provenance, "refined": note}})
 
 
+def _check(stats: CalibrationStats, plan: Plan) -> None:
+    cached = [schedule.cached for schedule in plan.schedules.values()]
+    if plan.asked.predictor != "fitted" or not any(map(any, cached)):
+        raise LayerCacheError(
+            f"this plan has nothing to refine: it caches {sum(map(sum, cached))} cells and its "
+            f"predictor is {plan.asked.predictor!r}; compile one that caches, with "
+            'predictor="fitted"'
+        )
+    if stats.passes > 1:
+        raise LayerCacheError(
+            "this plan is for a scheduler that calls the model twice a step, whose taps cannot be "
+            "refined: use the plan as it was compiled"
+        )
+
+
 @dataclass(frozen=True)
 class Truth:
     """The uncached run: z (P, N) at every step and at the end, and how the scheduler counts."""
@@ -155,20 +161,19 @@ class ClosedLoop(StepExecutor[Tensor]):
 
     Args:
         plan: The compiled plan, whose own taps are the priors.
-        stats: The statistics that it was compiled from.
+        stats: The statistics that it was compiled from, at its noise levels.
         depth: Most earlier computed steps that a row may read.
         truth: The uncached run.
     """
 
     def __init__(self, plan: Plan, stats: CalibrationStats, depth: int, truth: Truth) -> None:
-        self.unit = _step_row(plan)
+        self.unit = plan.step_row
         plain = self.unit.model_copy(update={"taps": None})
         super().__init__(plain.schedule(plan.sigmas), plan.sigmas, affine, Tensor.clone)
         self.depth, self.truth = depth, truth
         self.taps: list[tuple[float, ...]] = [()] * plan.num_steps
         self.sample: Tensor | None = None
         self._past: list[tuple[int, Tensor]] = []
-        stats = _at_sigmas(stats, plan)
         self._segments, self._loads = stats.segments, stats.loads[:, -1]
         # Before this step nothing has gone wrong that the plan could pay back.
         schedules = plan.schedules.values() if moves_as_euler(stats) else [self.schedule]
@@ -212,15 +217,13 @@ class ClosedLoop(StepExecutor[Tensor]):
 def _run_closed(pipe: Any, batch: Batch, plan: Plan, loop: ClosedLoop) -> None:
     """Generate under the plan with the loop in the place of its step executor."""
     row = loop.unit.model_copy(update={"taps": None})
-    plain = plan.model_copy(update={"units": _with_step(plan, row)})
 
     def on_step(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         loop.sample = sample
         return velocity
 
-    with apply_plan(pipe, plain) as run:
-        assert run.main.step_runner is not None
-        run.main.step_runner.executor = loop
+    with apply_plan(pipe, _with_step(plan, row)) as run:
+        run.main.units.step.executor = loop
         with tapped_step(pipe.scheduler, on_step):
             run_pipeline(pipe, batch.arguments)
 
@@ -244,11 +247,8 @@ def _uncached(pipe: Any, batch: Batch, plan: Plan) -> tuple[Truth, Tensor]:
     def on_move(used: Tensor, sample: Tensor, result: Any) -> None:
         latents[plan.num_steps] = flat(moved_sample(result))
 
-    restore = tap_step(pipe.scheduler, on_step, on_move)
-    try:
+    with tapped_step(pipe.scheduler, on_step, on_move):
         images = run_pipeline(pipe, batch.arguments)
-    finally:
-        restore()
     return Truth(latents, np.array(lengths)), images
 
 
@@ -256,58 +256,32 @@ def _psnr(pipe: Any, batch: Batch, plan: Plan, reference: Tensor) -> float:
     """Mean PSNR in dB to the uncached images; of latents, where nothing decodes them."""
     with apply_plan(pipe, plan):
         images = run_pipeline(pipe, batch.arguments)
-    if decodes(pipe):
-        images, reference, span = images.clamp(0, 1), reference.clamp(0, 1), torch.ones(1)
-    else:
-        rows = reference.flatten(1).double()
-        span = (rows.max(dim=1).values - rows.min(dim=1).values).clamp_min(1e-12)
-    squared = (images - reference).flatten(1).double().pow(2).mean(dim=1) / span**2
-    return float((-10 * torch.log10(squared.clamp_min(1e-20))).mean())
+    measure = psnr if decodes(pipe) else latent_psnr
+    return float(measure(images, reference).mean())
 
 
-def _step_row(plan: Plan) -> UnitPlan:
-    """The step unit, or one that computes every step, for taps to stand in."""
-    return plan.step_unit or UnitPlan(kind="step", cells=COMPUTED * plan.num_steps)
+def _with_step(plan: Plan, row: UnitPlan) -> Plan:
+    """The plan with another row of the step unit; what it states of itself is as before."""
+    return plan.model_copy(update={"units": (row, *plan.groups)})
 
 
-def _with_step(plan: Plan, row: UnitPlan) -> tuple[UnitPlan, ...]:
-    return (row, *plan.groups)
-
-
-def _at_sigmas(stats: CalibrationStats, plan: Plan) -> CalibrationStats:
-    asked = plan.asked.sigmas
-    return stats if asked is None else resample(stats, np.array(asked))
-
-
-def _fits(stats: CalibrationStats, plan: Plan, units: Sequence[UnitPlan]) -> bool:
-    limit = plan.asked.max_cache_bytes
-    schedules = {unit.name: unit.schedule(plan.sigmas) for unit in units}
-    return limit is None or cache_bytes(_at_sigmas(stats, plan), schedules) <= limit
-
-
-def _restated(stats: CalibrationStats, plan: Plan, units: tuple[UnitPlan, ...]) -> Plan:
-    """A plan of other rows of the same cells, with its figures computed anew and verified."""
-    here, budget = _at_sigmas(stats, plan), plan.budget
+def _restated(stats: CalibrationStats, here: CalibrationStats, plan: Plan) -> Plan:
+    """A plan of new taps with its figures computed anew and verified; `here` is at its sigmas."""
+    budget = plan.budget
     if budget.psnr_db is not None:
         # What is fitted on runs is better there, and not in what was foretold: its share is kept.
         budget = Budget(fraction=min(plan.predicted.compute_share, 1.0))
-
-    def made(psnr: FloatArray | None, certificate: Certificate) -> Plan:
-        return Plan.of(
-            here,
-            budget,
-            plan.asked,
-            units,
-            psnr=psnr,
-            certificate=certificate,
-            provenance=plan.provenance,
-        )
-
-    certificate = plan.certificate
-    recomputed = recompute(stats, made(None, certificate))
-    certificate = certificate.model_copy(update={"value": recomputed.objective})
+    recomputed = recompute(stats, plan.model_copy(update={"budget": budget}))
     psnr = predicted_psnr(here, recomputed.error)
-    found = made(psnr if np.isfinite(psnr).all() else None, certificate)
+    found = Plan.of(
+        here,
+        budget,
+        plan.asked,
+        plan.units,
+        psnr=psnr if np.isfinite(psnr).all() else None,
+        certificate=plan.certificate.model_copy(update={"value": recomputed.objective}),
+        provenance=plan.provenance,
+    )
     verify(stats, found)
     return found
 

@@ -53,7 +53,8 @@ class _Form:
     """How noise levels are made."""
 
     ends: Ends
-    terminal: float | None
+    terminal: float
+    """The last level before 0; 0 where none is asked for."""
 
     def levels(self, steps: int, shift: float) -> FloatArray:
         """(T+1,) levels."""
@@ -72,7 +73,7 @@ class _Form:
         even = np.linspace(*self.ends(steps, guess), steps)
         u, last = even[steps // 2], even[-1]
         with np.errstate(all="ignore"):
-            if self.terminal is None or steps < 3:
+            if not self.terminal or steps < 3:
                 return float(levels[steps // 2] * (1 - u) / (u * (1 - levels[steps // 2])))
             ratio = (1 - levels[steps // 2]) / (1 - levels[-2])
             return float(
@@ -158,7 +159,7 @@ def _candidates(stats: CalibrationStats, levels: FloatArray) -> Iterator[tuple[_
             yield form, fitted
 
 
-def _number(stats: CalibrationStats, name: str, default: float | None = None) -> float | None:
+def _number(stats: CalibrationStats, name: str, default: float = 0.0) -> float:
     value = stats.setting.get(name)
     return float(value) if isinstance(value, int | float) else default
 
@@ -255,8 +256,8 @@ def _tokens(stats: CalibrationStats) -> Iterator[int]:
 
 def _mu(stats: CalibrationStats, tokens: float) -> float:
     """The rule of diffusers' `calculate_shift`, with its defaults."""
-    base = _number(stats, "scheduler_base_shift", 0.5) or 0.0
-    most = _number(stats, "scheduler_max_shift", 1.15) or 0.0
-    few = _number(stats, "scheduler_base_image_seq_len", 256) or 0.0
-    many = _number(stats, "scheduler_max_image_seq_len", 4096) or 0.0
+    base = _number(stats, "scheduler_base_shift", 0.5)
+    most = _number(stats, "scheduler_max_shift", 1.15)
+    few = _number(stats, "scheduler_base_image_seq_len", 256)
+    many = _number(stats, "scheduler_max_image_seq_len", 4096)
     return base + (most - base) * (tokens - few) / (many - few)

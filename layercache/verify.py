@@ -77,12 +77,8 @@ def _lost(budget: Budget, psnr: FloatArray) -> list[str]:
     """What of (P,) PSNR is below the quality that was asked for."""
     if budget.psnr_db is None or budget.quantile is None:
         return []
-    ranked = sorted(float(value) for value in psnr)
-    place = budget.quantile * (len(ranked) - 1)
-    low = ranked[math.floor(place)]
-    # Infinite decibels have no differences; what lies between is at least the lower one.
-    share, high = place - math.floor(place), ranked[math.ceil(place)]
-    found = low + share * (min(high, 1000.0) - low) if low < 1000.0 else low
+    # Infinite decibels have no differences.
+    found = np.quantile(np.minimum(psnr, 1000.0), budget.quantile)
     if found >= budget.psnr_db * (1 - _AGREEMENT):
         return []
     return [f"it keeps {found:.6f} dB at the quantile {budget.quantile}, not {budget.psnr_db}"]
@@ -101,19 +97,20 @@ def recompute(stats: CalibrationStats, plan: Plan) -> Verification:
             f"the plan has {len(plan.sigmas)} sigmas from {plan.sigmas[0]}, and the statistics "
             f"{len(stats.sigmas)} from {stats.sigmas[0]}: they are not of one schedule"
         )
-    rows = [_Row(stats, unit) for unit in plan.units]
-    wrong = _broken(stats, plan, rows)
+    rows = [_Row(stats, unit) for unit in (plan.step_row, *plan.groups)]
+    cost, held = _cost(stats, rows), _peak_bytes(stats, rows)
+    wrong = _broken(stats, plan, rows) + _overspent(stats, plan, cost, held)
     if wrong:
         raise _refused(wrong)
-    cost, full = _cost(stats, rows), _full_cost(stats)
-    outside = sum(_passes(stats)) * stats.overhead_ms
+    full, outside = _full_cost(stats), sum(_passes(stats)) * stats.overhead_ms
+    error = np.array([_foretold(stats, rows, p) for p in range(stats.num_prompts)])
     return Verification(
         cost_ms=cost,
         speedup=(full + outside) / (cost + outside),
         compute_share=cost / full,
-        cache_bytes=_peak_bytes(stats, rows),
-        error=np.array([_foretold(stats, rows, p) for p in range(stats.num_prompts)]),
-        objective=_objective(stats, plan, rows),
+        cache_bytes=held,
+        error=error,
+        objective=_objective(stats, plan, rows, error),
     )
 
 
@@ -150,18 +147,9 @@ class _Row:
             self.reads.append(reads)
 
 
-def _step_row(rows: Sequence[_Row]) -> _Row | None:
-    return next((row for row in rows if row.group is None), None)
-
-
-def _runs(stats: CalibrationStats, rows: Sequence[_Row]) -> list[bool]:
-    step = _step_row(rows)
-    return [True] * stats.num_steps if step is None else step.computed
-
-
 def _broken(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> list[str]:
     broken = []
-    asked, runs = plan.asked, _runs(stats, rows)
+    asked, runs = plan.asked, rows[0].computed
     for row in rows:
         for step in range(stats.num_steps):
             at = f"{row.name} at step {step}"
@@ -187,20 +175,22 @@ def _broken(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> list[s
                     broken.append(f"{at} reads step {source}, of another segment")
                 if row.group is not None and step - source > stats.max_lag:
                     broken.append(f"{at} reads {step - source} back; {stats.max_lag} were measured")
-    cost = _cost(stats, rows)
-    limit = plan.budget.limit_ms(stats)
-    if cost > limit + _COST_RTOL * abs(limit):
-        broken.append(f"it costs {cost:.6f} ms, more than the budget of {limit:.6f} ms")
-    held = _peak_bytes(stats, rows)
-    if asked.max_cache_bytes is not None and held > asked.max_cache_bytes:
-        broken.append(f"it holds {held} bytes, more than max_cache_bytes={asked.max_cache_bytes}")
     return broken
+
+
+def _overspent(stats: CalibrationStats, plan: Plan, cost: float, held: int) -> list[str]:
+    limit, most, found = plan.budget.limit_ms(stats), plan.asked.max_cache_bytes, []
+    if cost > limit + _COST_RTOL * abs(limit):
+        found.append(f"it costs {cost:.6f} ms, more than the budget of {limit:.6f} ms")
+    if most is not None and held > most:
+        found.append(f"it holds {held} bytes, more than max_cache_bytes={most}")
+    return found
 
 
 def _cost(stats: CalibrationStats, rows: Sequence[_Row]) -> float:
     """Milliseconds of the transformer: the rest of every step that runs, and computed groups."""
-    by_group = {row.group: row.computed for row in rows if row.group is not None}
-    runs, cost = _runs(stats, rows), 0.0
+    by_group = {row.group: row.computed for row in rows[1:]}
+    runs, cost = rows[0].computed, 0.0
     for step in range(stats.num_steps):
         if runs[step]:
             cost += stats.rest_ms * float(stats.loads[step, -1])
@@ -292,15 +282,14 @@ def _final_error(
     latent = stats.latents[prompt].astype(np.float64)
     euler, steps = _is_euler(stats), stats.num_steps
     rate = max(1.0, math.log(growth[0] / growth[-1]) / (sigma[0] - sigma[-1]))
-    step_row = _step_row(rows)
-    runs = [step for step, run in enumerate(_runs(stats, rows)) if run]
+    runs = [step for step, run in enumerate(rows[0].computed) if run]
     error: FloatArray = np.zeros(velocity.shape[1])
     drift, moved = 0.0, stats.passes > 1
     used: dict[int, FloatArray] = {}
     unsure: dict[int, float] = {}
     arrived: dict[int, tuple[FloatArray, float]] = {}
     for start, stop in zip(runs, [*runs[1:], steps], strict=True):
-        cached = [row for row in rows if row.group is not None and row.cached[start]]
+        cached = [row for row in rows[1:] if row.cached[start]]
         deltas = [_delta(stats, row, start, prompt) for row in cached]
         sizes = [float(np.sqrt(delta @ delta)) for delta in deltas]
         if stats.mode == "replay":
@@ -311,7 +300,7 @@ def _final_error(
         arrived[start] = error, drift
         length, grown = sigma[stop] - sigma[start], growth[start] / growth[stop]
         moved = moved or stop > start + 1 or (euler and bool(cached))
-        reads = {} if step_row is None else step_row.reads[start]
+        reads = rows[0].reads[start]
         mean = (1 + sum(reads.values())) * used[start]
         for source, tap in reads.items():
             mean = mean - tap * used[source]
@@ -332,19 +321,16 @@ def _final_error(
     return float((error @ error + drift) * growth[-1] ** 2 / stats.numel)
 
 
-def _objective(stats: CalibrationStats, plan: Plan, rows: Sequence[_Row]) -> float:
+def _objective(
+    stats: CalibrationStats, plan: Plan, rows: Sequence[_Row], error: FloatArray
+) -> float:
     """The score, or the sum of prices: each cell reuses or predicts, whichever is cheaper."""
     if plan.certificate.objective == "score":
-        errors = np.array([_foretold(stats, rows, p) for p in range(stats.num_prompts)])
-        if errors.max() <= 0:
+        if error.max() <= 0:
             return -math.inf
-        return float(np.log10(np.maximum(errors, 1e-12 * errors.max())).mean())
-    total = 0.0
-    for row in rows:
-        for step in range(stats.num_steps):
-            if row.cached[step]:
-                total += _price(stats, plan, row, step)
-    return total
+        return float(np.log10(np.maximum(error, 1e-12 * error.max())).mean())
+    cached = [(row, step) for row in rows for step, here in enumerate(row.cached) if here]
+    return sum((_price(stats, plan, row, step) for row, step in cached), 0.0)
 
 
 def _price(stats: CalibrationStats, plan: Plan, row: _Row, step: int) -> float:

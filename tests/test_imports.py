@@ -42,16 +42,16 @@ ALLOWED: dict[str, set[str]] = {
     "choices": {"errors", "stats", "options", "plan", "compile"},
     "models": {"errors"},
     "calibration": {"errors", "stats", "models"},
-    "runtime": {"errors", "plan", "plan_set", "models"},
+    "runtime": {"errors", "costs", "plan", "plan_set", "models"},
     "reference": {"errors"},
     "refine": {
         "errors", "stats", "costs", "plan", "prediction", "verify", "models", "calibration",
-        "runtime",
+        "runtime", "evaluation",
     },
     "evaluation": {
         "errors", "_json", "_write", "stats", "options", "costs", "plan", "prediction", "choices",
         "models",
-        "compile", "calibration", "runtime", "reference", "refine",
+        "compile", "calibration", "runtime", "reference",
     },
     "cli": {
         "choices", "errors", "_json", "_write", "stats", "options", "plan", "plan_set", "compile",

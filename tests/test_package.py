@@ -46,7 +46,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"layercache"}
-    for needed in ("py.typed", "evaluation/explore.html", "reference/weights/training.json"):
+    for needed in (
+        "py.typed",
+        "evaluation/explore.html",
+        "evaluation/report.html",
+        "reference/weights/training.json",
+    ):
         assert f"layercache/{needed}" in names
     assert not [name for name in names if "test" in name]
 

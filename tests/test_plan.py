@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layercache.costs import peak_bytes
 from layercache.errors import ModelMismatchError, PlanError
 from layercache.options import Options
 from layercache.plan import Budget, Plan
@@ -116,7 +117,7 @@ def test_taps_of_a_group_count_its_computed_steps() -> None:
 
 def test_cache_bytes_count_what_is_held_at_the_worst_step() -> None:
     plan = Plan.from_dict(plan_dict())
-    held = plan.cache_bytes({"blocks[0:4]": 100, "blocks[4:8]": 1000}, 10, 5)
+    held = peak_bytes(plan.schedules, {"blocks[0:4]": 100, "blocks[4:8]": 1000}, 10, 5)
     # Step 2: the step unit holds u_0, u_1, m_1 and the outputs, the groups r_0, r_1 and r_1.
     assert held == 3 * 10 + 5 + 2 * 100 + 1000
 

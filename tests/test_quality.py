@@ -58,7 +58,7 @@ def psnr(pipe: Any, plan: Plan | None, method: Method | None = None) -> float:
     batch = batches(prompts("validation", 4), 1, 4, arguments())[0]
     reference = run_pipeline(pipe, batch.arguments)
     if method is not None:
-        return fidelity(run_once(pipe, method, batch)[0], reference).psnr_mean
+        return fidelity(run_once(pipe, method, batch).images, reference).psnr_mean
     assert plan is not None
     with apply_plan(pipe, plan) as run:
         images = run_pipeline(pipe, batch.arguments)

@@ -19,6 +19,7 @@ from layercache import (
     compile_plan,
 )
 from layercache.calibration import calibrate
+from layercache.costs import peak_bytes
 from layercache.refine import ClosedLoop, Truth, refine_plan
 from layercache.runtime import StepExecutor
 from layercache.verify import verify
@@ -155,7 +156,7 @@ def test_figures_are_those_of_the_new_rows(stats: CalibrationStats, always_kept:
     assert refined.provenance["refined"]["kept"]
     verify(stats, refined)
     assert refined.predicted.psnr_db != plan.predicted.psnr_db
-    held = refined.cache_bytes({}, stats.velocity_bytes, stats.output_bytes)
+    held = peak_bytes(refined.schedules, {}, stats.velocity_bytes, stats.output_bytes)
     assert refined.predicted.cache_bytes == held
 
 

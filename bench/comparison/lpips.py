@@ -13,14 +13,13 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation._frames import as_tensor, split_frames
+from layercache.evaluation.metrics import by_frame
 
 FILES = ("alexnet.pth", "lpips.pth")
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -38,15 +37,16 @@ class Lpips:
     biases: tuple[Tensor, ...]
     channels: tuple[Tensor, ...]
 
-    def __call__(self, images: Any, references: Any) -> Tensor:
+    def __call__(self, images: Tensor, references: Tensor) -> Tensor:
         """(N,) distance of images or videos in [0, 1], the mean over frames; 0 for equal ones.
 
         Images below 64 pixels are enlarged first: AlexNet's pooling leaves nothing of them.
         """
-        frames, count = split_frames(as_tensor(images))
-        others, _ = split_frames(as_tensor(references))
-        total = torch.zeros(len(frames))
-        a, b = _prepared(frames), _prepared(others)
+        return by_frame(self._distances, images, references)
+
+    def _distances(self, images: Tensor, references: Tensor) -> Tensor:
+        total = torch.zeros(len(images))
+        a, b = _prepared(images.float()), _prepared(references.float())
         for layer, kernel, bias, weight in zip(
             _LAYERS, self.kernels, self.biases, self.channels, strict=True
         ):
@@ -55,7 +55,7 @@ class Lpips:
                 a, b = (functional.max_pool2d(x, 3, 2) for x in (a, b))
             a, b = (functional.conv2d(x, kernel, bias, stride, padding).relu() for x in (a, b))
             total = total + ((_unit(a) - _unit(b)).pow(2) * weight).sum(1).mean((1, 2))
-        return total.reshape(-1, count).mean(1)
+        return total
 
 
 def load_lpips(folder: Path) -> Lpips:

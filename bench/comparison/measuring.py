@@ -25,7 +25,7 @@ from bench.comparison.store import Store
 from bench.comparison.work import PeakMemory
 from layercache._write import write_file
 from layercache.calibration.prompts import Batch
-from layercache.evaluation._latency import Run, timed_run
+from layercache.evaluation._latency import Run, run_once
 from layercache.evaluation.methods import Uncached
 from layercache.evaluation.metrics import fidelity
 
@@ -86,15 +86,15 @@ class Measuring:
         return self.store.path(title, entrant.method, self.batches[batch].ids)
 
     def _batch(self, entrants: Sequence[Entrant], batch: Batch, number: int, round_: int) -> None:
-        timed_run(self.pipe, Uncached(), batch)  # warm-up
-        before = timed_run(self.pipe, Uncached(), batch)
+        run_once(self.pipe, Uncached(), batch)  # warm-up
+        before = run_once(self.pipe, Uncached(), batch)
         reference = before.images
         if number == 0 and round_ == 0:
             self._keep(self._references_path, reference)
         for start in range(0, len(entrants), BLOCK):
             block = entrants[start : start + BLOCK]
             ran = [(entrant, self._one(entrant, batch)) for entrant in block]
-            after = timed_run(self.pipe, Uncached(), batch)
+            after = run_once(self.pipe, Uncached(), batch)
             for entrant, result in ran:
                 if result is not None:
                     run, peak = result
@@ -124,7 +124,7 @@ class Measuring:
         memory = PeakMemory()
         memory.start()
         try:
-            run = timed_run(self.pipe, entrant.method, batch)
+            run = run_once(self.pipe, entrant.method, batch)
         except Exception as error:
             if entrant.family not in self.foreign:
                 raise

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation._frames import as_tensor
 from layercache.evaluation.metrics import by_frame
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -36,7 +34,7 @@ def ms_ssim_scales(height: int, width: int) -> int:
     return max(fits, default=1)
 
 
-def ms_ssim(images: Any, references: Any) -> Tensor | None:
+def ms_ssim(images: Tensor, references: Tensor) -> Tensor | None:
     """(N,) multi-scale structural similarity, or None where images are smaller than 2 scales need.
 
     Small images have fewer than five scales (see `ms_ssim_scales`); the weights of those that
@@ -54,7 +52,7 @@ def ms_ssim(images: Any, references: Any) -> Tensor | None:
             "MS-SSIM needs torchmetrics, which is not installed: "
             "pip install 'layercache-flow[eval]'"
         ) from error
-    scales = ms_ssim_scales(*as_tensor(references).shape[-2:])
+    scales = ms_ssim_scales(*references.shape[-2:])
     if scales < 2:
         return None
     chosen = MS_SSIM_WEIGHTS[:scales]

@@ -203,7 +203,7 @@ class _Runner:
         """Time one uncached batch and say how long the rest will take."""
         batch = self.measuring.batches[0]
         run_once(self.inputs.pipe, Uncached(), batch)
-        _, seconds = run_once(self.inputs.pipe, Uncached(), batch)
+        seconds = run_once(self.inputs.pipe, Uncached(), batch).seconds
         minutes = seconds * self._batches_ahead() / 60
         self.log(
             f"an uncached batch of {len(batch.ids)} takes {seconds:.1f} s; this scenario about "

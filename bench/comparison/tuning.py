@@ -73,7 +73,7 @@ class Validation:
 
     def _counted(self, method: Method, batch: Batch) -> tuple[Tensor, int]:
         with counted_work(self.inputs.pipe.transformer) as work:
-            images, _ = run_once(self.inputs.pipe, method, batch)
+            images = run_once(self.inputs.pipe, method, batch).images
         return images, work.multiply_adds
 
 

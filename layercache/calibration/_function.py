@@ -23,8 +23,9 @@ from layercache.calibration._parts import LATENT_SHAPE
 from layercache.calibration._propagation import PROBES, growth_table
 from layercache.calibration._record import Run
 from layercache.calibration._sketch import CountSketch
-from layercache.calibration._timing import Clock, StepTimes
+from layercache.calibration._timing import StepTimes
 from layercache.errors import StatsError
+from layercache.models.clock import Clock
 from layercache.stats import CalibrationStats, merge_all
 
 Velocity = Callable[[Any, float, Any], Any]

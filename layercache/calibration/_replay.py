@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layercache.calibration._timing import Clock, Mark, StepTimes
+from layercache.calibration._timing import StepTimes
 from layercache.models._foreign import execution_device
 from layercache.models.adapters import (
     Adapter,
@@ -30,6 +30,7 @@ from layercache.models.adapters import (
     read_streams,
     write_outputs,
 )
+from layercache.models.clock import Clock, Mark
 from layercache.models.gates import Call, Gate
 from layercache.models.measuring import ResidualMeter, Streams
 from layercache.models.tensors import finite, map_tensors, tensor_bytes, tensors_in
@@ -169,7 +170,6 @@ class ReplayableTransformer:
             recorded = call.parts[index].outputs
             return write_outputs(
                 block_list,
-                block,
                 {name: _repeat(tensor.to(self.device), count) for name, tensor in recorded.items()},
             )
         streams = read_streams(block_list, block, args, kwargs)
@@ -181,7 +181,7 @@ class ReplayableTransformer:
                 )
                 for name in residuals[0]
             }
-        return write_outputs(block_list, block, streams)
+        return write_outputs(block_list, streams)
 
     # -- calls ---------------------------------------------------------------------------------
 

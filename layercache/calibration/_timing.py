@@ -1,51 +1,13 @@
-"""Where a step's time goes: each group, the rest of the transformer, everything outside it.
-
-On a GPU times are those of CUDA events, so that nothing waits in mid-run; elsewhere of the clock.
-"""
+"""Where a step's time goes: each group, the rest of the transformer, everything outside it."""
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-Mark = Any
-"""A point in time: seconds, or a recorded CUDA event."""
+from layercache.models.clock import Clock, Mark
 
 _COLD_STEPS = 2
-
-
-class Clock:
-    """Marks points in the time of one device.
-
-    Example:
-        >>> clock = Clock(torch.device("cpu"))
-        >>> clock.seconds(clock.mark(), clock.mark()) >= 0
-        True
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def mark(self) -> Mark:
-        """Now, on the device."""
-        if self._device.type == "cuda":
-            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self._device))
-            return event
-        if self._device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()
-
-    def seconds(self, start: Mark, stop: Mark) -> float:
-        """Seconds from one mark to a later one; waits until the device has passed both."""
-        if self._device.type == "cuda":
-            stop.synchronize()
-            return float(start.elapsed_time(stop)) / 1e3
-        return float(stop - start)
 
 
 class StepTimes:

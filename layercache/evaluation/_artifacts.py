@@ -23,20 +23,11 @@ def write_artifacts(
     *,
     title: str,
 ) -> list[Path]:
-    """Write `sheet.png`, `plan.png`, `pareto.png`, `report.html` and `results.json`.
+    """Write `sheet.png`, `plan.png`, `pareto.png`, `report.html` and `results.json` into `out`.
 
-    There is no sheet of a comparison of latents.
-
-    Args:
-        out: Folder to write.
-        comparison: The measured table and its images.
-        plans: The compared plan of each target.
-        prompts: Captions of the images, in their order.
-        facts: What was run and on what, as label and value.
-        title: Heading of the report.
-
-    Returns:
-        The files, in the order above.
+    `plans` are those of each target, `prompts` the captions of the images in their order, and
+    `facts` say what was run and on what. There is no sheet of a comparison of latents. Returns the
+    files, in the order above.
     """
     pictures = {"sheet": image_sheet(comparison, prompts)} if comparison.decoded else {}
     pictures |= {

@@ -153,13 +153,8 @@ def compare(
 ) -> Comparison:
     """Run all methods on all batches and compare them with the uncached pipeline.
 
-    Args:
-        pipe: The pipeline.
-        batches: Prompts with fixed seeds, in pipeline calls.
-        methods: For each target speedup (1 / share of compute), the methods built for it.
-        repeats: Timed rounds a batch; speed is the median over all rounds.
-        warm_up: Generate once before anything is timed.
-        progress: Show a progress bar on stderr.
+    `methods` are those of each target speedup (1 / share of compute). Each runs `repeats` times a
+    batch, and its speed is the median.
     """
     flat = [(target, method) for target, group in methods.items() for method in group]
     entrants: list[Method] = [Uncached(), *(method for _, method in flat)]

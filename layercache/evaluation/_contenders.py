@@ -31,7 +31,7 @@ class Contenders:
     """Builds the methods; what does not depend on the budget is computed once.
 
     Args:
-        pipe: The pipeline, for the validation runs that choose MeanCache's schedule.
+        pipe: The pipeline.
         stats: Calibration statistics, for plans and predicted speed.
         trajectories: Uncached runs of calibration prompts, for MeanCache.
         validation: Prompts, none of them held out, on which MeanCache's schedule is chosen.
@@ -96,10 +96,10 @@ class Contenders:
 
     def _validation_psnr(self, method: Method) -> float:
         if self._references is None:
-            self._references = [run_once(self.pipe, Uncached(), b)[0] for b in self.validation]
+            self._references = [run_once(self.pipe, Uncached(), b).images for b in self.validation]
         values: list[float] = []
         for batch, reference in zip(self.validation, self._references, strict=True):
-            values += fidelity(run_once(self.pipe, method, batch)[0], reference).psnr_db
+            values += fidelity(run_once(self.pipe, method, batch).images, reference).psnr_db
         return sum(values) / len(values)
 
     def _speedup(self, fresh: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,26 +12,20 @@ import torch
 from torch import Tensor
 
 from layercache.calibration.prompts import Batch
-from layercache.evaluation.methods import Method
+from layercache.evaluation.methods import Method, Uncached
 from layercache.models.pipelines import run_pipeline
 
 
 @dataclass(frozen=True, eq=False)
 class Timing:
-    """What one method gave over all rounds.
-
-    Attributes:
-        seconds: One wall-clock time a round, of the whole pipeline call.
-        images: (N, C, H, W) images or (N, F, C, H, W) videos of all batches, in order, in [0, 1],
-            or latents where nothing decodes them.
-    """
+    """What one method gave: seconds of every pipeline call, and the images of all batches."""
 
     seconds: tuple[float, ...]
     images: Tensor
 
     @property
     def median_seconds(self) -> float:
-        """Median over rounds."""
+        """Median over calls."""
         return statistics.median(self.seconds)
 
 
@@ -51,22 +44,16 @@ class Run:
     cpu_seconds: float
 
 
-def timed_run(pipe: Any, method: Method, batch: Batch) -> Run:
+def run_once(pipe: Any, method: Method, batch: Batch) -> Run:
     """One generation under a method, with the times of the call by two clocks."""
-    changed = dataclasses.replace(batch, arguments={**batch.arguments, **method.call_changes})
+    arguments = {**batch.arguments, **method.call_changes}
     with torch.no_grad(), method.attach(pipe):
         _synchronise()
         cpu, began = time.process_time(), time.perf_counter()
-        images = run_pipeline(pipe, changed.arguments)
+        images = run_pipeline(pipe, arguments)
         _synchronise()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     return Run(images, seconds, cpu)
-
-
-def run_once(pipe: Any, method: Method, batch: Batch) -> tuple[Tensor, float]:
-    """One generation under a method: its images on the CPU, and the seconds of the call."""
-    run = timed_run(pipe, method, batch)
-    return run.images, run.seconds
 
 
 def time_interleaved(
@@ -80,29 +67,19 @@ def time_interleaved(
 ) -> list[Timing]:
     """Run every method on every batch, `repeats` times over, one method after the other.
 
-    Args:
-        pipe: The pipeline.
-        batches: What to generate; seeds are fixed, so repeats give the same images.
-        methods: In the order in which they run within a round.
-        repeats: Rounds a batch.
-        warm_up: Generate the first batch once without a method and discard it.
-        tick: Called after every run.
-
-    Returns:
-        One `Timing` a method, in the order given.
+    Seeds are fixed, so repeats give the same images. `tick` is called after every run.
     """
     if warm_up:
-        with torch.no_grad():
-            run_pipeline(pipe, batches[0].arguments)
+        run_once(pipe, Uncached(), batches[0])
     seconds: list[list[float]] = [[] for _ in methods]
     images: list[list[Tensor]] = [[] for _ in methods]
     for repeat in range(repeats):
         for batch in batches:
             for index, method in enumerate(methods):
-                result, took = run_once(pipe, method, batch)
-                seconds[index].append(took)
+                run = run_once(pipe, method, batch)
+                seconds[index].append(run.seconds)
                 if repeat == 0:
-                    images[index].append(result)
+                    images[index].append(run.images)
                 tick()
     return [Timing(tuple(s), torch.cat(i)) for s, i in zip(seconds, images, strict=True)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from layercache.plan import Plan
@@ -12,36 +13,20 @@ from layercache.plan import Plan
 if TYPE_CHECKING:
     from layercache.evaluation._compare import Comparison, Row
 
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f8fafc; color: #0f172a;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
-h1 { font-size: 30px; margin: 0 0 4px; letter-spacing: -0.02em; }
-h2 { font-size: 20px; margin: 44px 0 10px; letter-spacing: -0.01em; }
-p { max-width: 75ch; margin: 8px 0; color: #334155; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 14px;
-  margin: 24px 0 8px; }
-.card, .panel { background: #fff; border: 1px solid #e2e8f0; border-radius: 10px; }
-.card { padding: 16px 18px; }
-.card b { display: block; font-size: 30px; line-height: 1.15; color: #c2410c; }
-.card span { color: #475569; font-size: 14px; }
-.panel { padding: 14px; overflow-x: auto; }
-.panel img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 12px; text-align: right; white-space: nowrap; }
-th { color: #475569; font-weight: 600; font-size: 13px; border-bottom: 2px solid #cbd5e1; }
-td { border-bottom: 1px solid #f1f5f9; }
-th:first-child, td:first-child { text-align: left; }
-tr.target td { padding-top: 16px; font-weight: 600; color: #0f172a; border-bottom-color: #cbd5e1; }
-tr.ours td { background: #fff7ed; }
-td.best { color: #c2410c; font-weight: 600; }
-pre { margin: 0; font: 12px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; font-size: 14px; }
-dt { color: #475569; }
-dd { margin: 0; }
-"""
+_PICTURES = {
+    "pareto": ("Quality against cost", ""),
+    "plan": (
+        "The compiled plans",
+        "<p>One row a unit, one column a timestep. A number says how many earlier computed values "
+        "a cell reads besides the last. Groups that run wherever the step does are left out.</p>",
+    ),
+    "sheet": (
+        "Image sheet",
+        "<p>The first held-out prompts, not selected, with the difference to the uncached image "
+        "amplified under each.</p>",
+    ),
+}
+"""Of each picture, by name: the heading, and what is said of it."""
 
 
 def html_report(
@@ -52,16 +37,7 @@ def html_report(
     *,
     title: str = "LayerCache report",
 ) -> str:
-    """Build the page.
-
-    Args:
-        comparison: The measured table.
-        plans: The compared plan of each target.
-        pictures: PNG bytes by name; "pareto", "plan" and "sheet" are shown where they are given.
-        facts: What was run and on what, as label and value.
-        title: The heading.
-    """
-    first = comparison.targets[0]
+    """The page: the table, the plans of each target, those of `_PICTURES` that are given, facts."""
     sections = [
         f"<h1>{escape(title)}</h1>",
         "<p>A plan decides, for every timestep and every group of transformer blocks, what is "
@@ -78,32 +54,11 @@ def html_report(
     if comparison.doubts:
         doubts = "<br>".join(escape(line) for line in comparison.doubts)
         sections.append(f"<p><b>Some timings cannot be right</b><br>{doubts}</p>")
-    if "pareto" in pictures:
-        sections += [
-            "<h2>Quality against cost</h2>",
-            picture_panel(pictures["pareto"], "Pareto plot"),
-        ]
-    if "plan" in pictures:
-        sections += [
-            "<h2>The compiled plans</h2>",
-            "<p>One row a unit, one column a timestep. A number says how many earlier computed "
-            "values a cell reads besides the last. Groups that run wherever the step does are left "
-            "out.</p>",
-            picture_panel(pictures["plan"], "Heat map of the plans"),
-        ]
-    if "sheet" in pictures:
-        sections += [
-            "<h2>Images</h2>",
-            "<p>The first held-out prompts, not selected, with the difference to the uncached "
-            "image amplified under each.</p>",
-            picture_panel(pictures["sheet"], "Image sheet"),
-        ]
-    if first in plans:
-        text = "\n\n".join(plan.summary() for plan in plans.values())
-        sections += [
-            "<h2>Plans as text</h2>",
-            f'<div class="panel"><pre>{escape(text)}</pre></div>',
-        ]
+    for name, (heading, words) in _PICTURES.items():
+        if name in pictures:
+            sections += [f"<h2>{heading}</h2>", words, picture_panel(pictures[name], heading)]
+    text = "\n\n".join(plan.summary() for plan in plans.values())
+    sections.append(f'<h2>Plans as text</h2><div class="panel"><pre>{escape(text)}</pre></div>')
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     sections += ["<h2>How this was measured</h2>", f'<div class="panel"><dl>{rows}</dl></div>']
     return html_page(title, sections)
@@ -111,13 +66,8 @@ def html_report(
 
 def html_page(title: str, sections: Iterable[str]) -> str:
     """A complete page in the reports' style around sections of HTML."""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    page = files("layercache.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    return page.replace("{{title}}", escape(title)).replace("{{sections}}", "\n".join(sections))
 
 
 def _cards(comparison: Comparison) -> str:

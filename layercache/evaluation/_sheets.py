@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation._frames import as_tensor
 from layercache.evaluation.metrics import psnr
 
 if TYPE_CHECKING:
@@ -45,19 +44,13 @@ def image_sheet(
     frames are shown. Small images are enlarged without interpolation, so that every pixel is seen
     as it is.
 
-    Args:
-        comparison: The images.
-        prompts: Their captions.
-        count: How many are shown.
-        heading_of: The heading of a target.
-
     Raises:
         LayerCacheError: Pillow is not installed, or the comparison is one of latents.
     """
     image_class, draw_class, font_of = _pillow()
     heading, label = font_of(15), font_of(12)
     methods = list(dict.fromkeys(row.method for row in comparison.rows))
-    references = as_tensor(comparison.references)
+    references = comparison.references
     count = min(count, len(references))
     block = _LABEL + 2 * (_CELL + _LABEL) + _GAP
     cell = _CELL * len(_shown(references[0]))
@@ -78,7 +71,7 @@ def image_sheet(
             for column, method in enumerate(methods, start=1):
                 if method not in rows:
                     continue
-                image = as_tensor(comparison.images[method, target])[index]
+                image = comparison.images[method, target][index]
                 left = _CAPTION + column * (cell + _GAP)
                 value = f"{method}  {float(psnr(image[None], reference[None])):.1f} dB"
                 _paste(sheet, draw, label, (left, top), value, image)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layercache.calibration import calibrate
-from layercache.calibration.prompts import batches
+from layercache.calibration.prompts import Batch, batches
 from layercache.compile import pareto
 from layercache.evaluation._artifacts import write_artifacts
 from layercache.evaluation._compare import Comparison, compare
@@ -21,6 +21,8 @@ from layercache.evaluation._trajectories import collect_trajectories
 from layercache.plan import Budget, Plan
 from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.reference.pipeline import STEPS, WEIGHTS
+from layercache.reference.prompts import Split
+from layercache.stats import CalibrationStats
 
 TARGETS = (1.37, 2.0, 3.0)
 SEEDS = {"calibration": 0, "validation": 1, "held-out": 2}
@@ -28,16 +30,9 @@ SEEDS = {"calibration": 0, "validation": 1, "held-out": 2}
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo does.
+    """How much the demo does: steps, prompts of each split and of a call, lags that are measured.
 
-    Attributes:
-        steps: Inference steps of an uncached generation.
-        calibration: Prompts that are calibrated on.
-        validation: Prompts on which MeanCache's schedule is chosen.
-        held_out: Prompts that are reported.
-        batch: Prompts a pipeline call.
-        lags: Lags that calibration measures.
-        screened: MeanCache schedules that run on the validation prompts.
+    `screened` of MeanCache's schedules run on the validation prompts.
     """
 
     steps: int = STEPS
@@ -86,18 +81,7 @@ def run_demo(
     del arguments["generator"]
 
     log(f"calibrating on {size.calibration} prompts")
-    calibration = prompts("calibration", size.calibration)
-    stats = calibrate(
-        pipe,
-        calibration,
-        num_inference_steps=size.steps,
-        groups=4,
-        lags=size.lags,
-        seed=SEEDS["calibration"],
-        batch_size=size.batch,
-        call_kwargs=arguments,
-        progress=progress,
-    )
+    stats = _calibrated(pipe, size, arguments, progress)
     stats.save(out / "stats.npz")
 
     log("compiling plans")
@@ -111,23 +95,19 @@ def run_demo(
 
     log("preparing the methods to compare with")
 
-    def work(split: Any, count: int) -> Any:
-        return batches(prompts(split, count), SEEDS[split], size.batch, arguments)
-
     contenders = Contenders(
         pipe,
         stats,
-        collect_trajectories(pipe, work("calibration", size.calibration)),
-        work("validation", size.validation),
+        collect_trajectories(pipe, _work("calibration", size.calibration, size, arguments)),
+        _work("validation", size.validation, size, arguments),
         screened=size.screened,
         log=log,
     )
     methods = {target: contenders.build(target, plan) for target, plan in plans.items()}
 
     log(f"running every method on {size.held_out} held-out prompts")
-    comparison = compare(
-        pipe, work("held-out", size.held_out), methods, warm_up=False, progress=progress
-    )
+    held_out = _work("held-out", size.held_out, size, arguments)
+    comparison = compare(pipe, held_out, methods, warm_up=False, progress=progress)
 
     seconds = time.perf_counter() - began
     files += write_artifacts(
@@ -139,6 +119,26 @@ def run_demo(
         title="LayerCache on its reference model",
     )
     return DemoResult(comparison, plans, tuple(files), seconds)
+
+
+def _calibrated(
+    pipe: Any, size: DemoSize, arguments: dict[str, Any], progress: bool
+) -> CalibrationStats:
+    return calibrate(
+        pipe,
+        prompts("calibration", size.calibration),
+        num_inference_steps=size.steps,
+        groups=4,
+        lags=size.lags,
+        seed=SEEDS["calibration"],
+        batch_size=size.batch,
+        call_kwargs=arguments,
+        progress=progress,
+    )
+
+
+def _work(split: Split, count: int, size: DemoSize, arguments: dict[str, Any]) -> list[Batch]:
+    return batches(prompts(split, count), SEEDS[split], size.batch, arguments)
 
 
 def _facts(pipe: Any, size: DemoSize, comparison: Comparison) -> dict[str, str]:

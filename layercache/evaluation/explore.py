@@ -65,21 +65,12 @@ def explore_page(
 
 
 def _facts(stats: CalibrationStats, plan: Plan) -> dict[str, str]:
-    setting = plan.setting
-    guidance = ", ".join(
-        f"{key} {setting[key]}" for key in ("guidance_scale", "true_cfg_scale") if key in setting
-    )
-    size = setting.get("latent_shape")
-    facts = {
-        "Pipeline": str(setting.get("pipeline", "")),
-        "Steps": f"{stats.num_steps}, {setting.get('scheduler', 'unknown scheduler')}",
-        "Guidance": guidance,
-        "Latents": "x".join(map(str, size)) if isinstance(size, list) else "",
-        "Calibrated on": f"{stats.num_prompts} prompts, {setting.get('dtype', '')}",
+    return {
+        "Made for": plan.made_for,
+        "Calibrated on": f"{stats.num_prompts} prompts",
         "A full step": f"{float(stats.group_ms.sum()) + stats.rest_ms:.1f} ms in the transformer, "
         f"{stats.overhead_ms:.1f} ms outside it, on the machine that calibrated",
     }
-    return {name: value for name, value in facts.items() if value}
 
 
 def _plan(plan: Plan) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""PSNR, SSIM and MS-SSIM of images and videos against the uncached ones, in float.
+"""PSNR and SSIM of images and videos against the uncached ones, in float.
 
-A video's figure is the mean over its frames of the frames' figures. All that `as_tensor` reads is
-taken: tensors (N, C, H, W), (N, F, C, H, W) and (N, C, F, H, W), and lists of images or of frames.
+Images are tensors (N, C, H, W), videos (N, F, C, H, W), as pipelines return them; a video's figure
+is the mean over its frames of the frames' figures.
 
 Shape suffixes: N images or videos, F frames, C channels, H and W pixels.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from layercache.errors import LayerCacheError
-from layercache.evaluation._frames import as_tensor, split_frames
 
+_CHANNELS = (1, 3, 4)
+"""Grey, RGB, RGB with alpha."""
 PSNR_CEILING_DB = 120.0
 """What two equal images count as. float32 rounding alone leaves about 140 dB."""
 
@@ -55,7 +55,7 @@ class Fidelity:
         return None if self.ssim is None else sum(self.ssim) / len(self.ssim)
 
 
-def psnr(images: Any, references: Any) -> Tensor:
+def psnr(images: Tensor, references: Tensor) -> Tensor:
     """(N,) float64 peak signal-to-noise ratio in dB of images or videos with range [0, 1].
 
     PSNR = -10 log10(mean squared error), in float64 on images clamped to [0, 1]: never on uint8,
@@ -92,7 +92,7 @@ def latent_psnr(latents: Tensor, references: Tensor) -> Tensor:
     return _decibels(error / span.clamp_min(1e-12).pow(2))
 
 
-def ssim(images: Any, references: Any) -> Tensor:
+def ssim(images: Tensor, references: Tensor) -> Tensor:
     """(N,) structural similarity of images or videos with range [0, 1].
 
     The usual form: Gaussian window of sigma 1.5, constants 0.01 and 0.03 (Wang et al., 2004), as
@@ -117,7 +117,7 @@ def ssim(images: Any, references: Any) -> Tensor:
     return by_frame(measure, images, references)
 
 
-def fidelity(images: Any, references: Any, *, decoded: bool = True) -> Fidelity:
+def fidelity(images: Tensor, references: Tensor, *, decoded: bool = True) -> Fidelity:
     """PSNR and SSIM of every image or video; of latents, where nothing was decoded, the PSNR."""
     if not decoded:
         return Fidelity(psnr_db=tuple(latent_psnr(images, references).tolist()), ssim=None)
@@ -132,11 +132,16 @@ def _decibels(error: Tensor) -> Tensor:
     return (-10 * error.clamp_min(10 ** (-PSNR_CEILING_DB / 10)).log10()).clamp_max(PSNR_CEILING_DB)
 
 
-def by_frame(measure: Callable[[Tensor, Tensor], Tensor], images: Any, references: Any) -> Tensor:
-    """(N,) means over frames of what is measured between the frames, clamped to [0, 1]."""
-    a, b = _checked(as_tensor(images), as_tensor(references), "(N, C, H, W) or (N, F, C, H, W)", 4)
-    (a, count), (b, _) = split_frames(a.clamp(0, 1)), split_frames(b.clamp(0, 1))
-    return measure(a, b).reshape(-1, count).mean(1)
+def by_frame(
+    measure: Callable[[Tensor, Tensor], Tensor], images: Tensor, references: Tensor
+) -> Tensor:
+    """(N,) means over frames of what is measured between (N F, C, H, W) frames in [0, 1]."""
+    layout = "(N, C, H, W) or (N, F, C, H, W), with 1, 3 or 4 channels"
+    a, b = _checked(images, references, layout, smallest=4)
+    if a.ndim > 5 or a.shape[-3] not in _CHANNELS:
+        raise LayerCacheError(f"a tensor of shape {tuple(a.shape)} holds no images: give {layout}")
+    frames = [pictures.clamp(0, 1).reshape(-1, *pictures.shape[-3:]) for pictures in (a, b)]
+    return measure(*frames).reshape(len(a), -1).mean(1)
 
 
 def _checked(

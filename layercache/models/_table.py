@@ -13,75 +13,70 @@ _H = ("hidden_states",)
 _HE = ("hidden_states", "encoder_hidden_states")
 _EH = ("encoder_hidden_states", "hidden_states")
 
-
-def _list(
-    name: str, streams: tuple[str, ...], outputs: tuple[str, ...], in_place: bool = False
-) -> BlockList:
-    return BlockList(name=name, streams=streams, outputs=outputs, in_place=in_place)
-
-
 # Double-stream blocks that return text first, then single-stream blocks that still take both.
 _TEXT_FIRST = (
-    _list("transformer_blocks", _HE, _EH),
-    _list("single_transformer_blocks", _HE, _EH),
+    BlockList("transformer_blocks", _HE, _EH),
+    BlockList("single_transformer_blocks", _HE, _EH),
 )
 _IMAGE_FIRST = (
-    _list("transformer_blocks", _HE, _HE),
-    _list("single_transformer_blocks", _HE, _HE),
+    BlockList("transformer_blocks", _HE, _HE),
+    BlockList("single_transformer_blocks", _HE, _HE),
 )
-_ONE_STREAM = (_list("transformer_blocks", _H, _H),)
+_ONE_STREAM = (BlockList("transformer_blocks", _H, _H),)
 
 _BLOCK_LISTS: dict[str, tuple[BlockList, ...]] = {
-    "QwenImageTransformer2DModel": (_list("transformer_blocks", _HE, _EH),),
+    "QwenImageTransformer2DModel": (BlockList("transformer_blocks", _HE, _EH),),
     "FluxTransformer2DModel": _TEXT_FIRST,
     "Flux2Transformer2DModel": (
-        _list("transformer_blocks", _HE, _EH),
+        BlockList("transformer_blocks", _HE, _EH),
         # Text and image are concatenated before this list, which therefore carries one stream.
-        _list("single_transformer_blocks", _H, _H),
+        BlockList("single_transformer_blocks", _H, _H),
     ),
-    "SD3Transformer2DModel": (_list("transformer_blocks", _HE, _EH),),
-    "ZImageTransformer2DModel": (_list("layers", ("x",), ("x",)),),
+    "SD3Transformer2DModel": (BlockList("transformer_blocks", _HE, _EH),),
+    "ZImageTransformer2DModel": (BlockList("layers", ("x",), ("x",)),),
     "HunyuanVideoTransformer3DModel": _IMAGE_FIRST,
-    "HunyuanVideo15Transformer3DModel": (_list("transformer_blocks", _HE, _HE),),
+    "HunyuanVideo15Transformer3DModel": (BlockList("transformer_blocks", _HE, _HE),),
     "HunyuanImageTransformer2DModel": _IMAGE_FIRST,
-    "WanTransformer3DModel": (_list("blocks", _H, _H),),
+    "WanTransformer3DModel": (BlockList("blocks", _H, _H),),
     # Its VACE blocks run before these and always; what they make is added between these blocks.
-    "WanVACETransformer3DModel": (_list("blocks", _H, _H),),
+    "WanVACETransformer3DModel": (BlockList("blocks", _H, _H),),
     "LTXVideoTransformer3DModel": _ONE_STREAM,
     "LTX2VideoTransformer3DModel": (
-        _list(
+        BlockList(
             "transformer_blocks",
             ("hidden_states", "audio_hidden_states"),
             ("hidden_states", "audio_hidden_states"),
         ),
     ),
-    "Lumina2Transformer2DModel": (_list("layers", _H, _H),),
+    "Lumina2Transformer2DModel": (BlockList("layers", _H, _H),),
     "SanaTransformer2DModel": _ONE_STREAM,
     "AuraFlowTransformer2DModel": (
-        _list("joint_transformer_blocks", _HE, _EH),
-        _list("single_transformer_blocks", _H, _H),
+        BlockList("joint_transformer_blocks", _HE, _EH),
+        BlockList("single_transformer_blocks", _H, _H),
     ),
     "ChromaTransformer2DModel": (
-        _list("transformer_blocks", _HE, _EH),
-        _list("single_transformer_blocks", _H, _H, in_place=True),
+        BlockList("transformer_blocks", _HE, _EH),
+        BlockList("single_transformer_blocks", _H, _H, in_place=True),
     ),
-    "CogView4Transformer2DModel": (_list("transformer_blocks", _HE, _HE),),
+    "CogView4Transformer2DModel": (BlockList("transformer_blocks", _HE, _HE),),
     "HiDreamImageTransformer2DModel": (
-        _list("double_stream_blocks", _HE, _HE),
-        _list("single_stream_blocks", _H, _H),
+        BlockList("double_stream_blocks", _HE, _HE),
+        BlockList("single_stream_blocks", _H, _H),
     ),
-    "MochiTransformer3DModel": (_list("transformer_blocks", _HE, _HE),),
+    "MochiTransformer3DModel": (BlockList("transformer_blocks", _HE, _HE),),
     "Kandinsky5Transformer3DModel": (
-        _list("visual_transformer_blocks", ("visual_embed",), ("visual_embed",)),
+        BlockList("visual_transformer_blocks", ("visual_embed",), ("visual_embed",)),
     ),
     "Krea2Transformer2DModel": _ONE_STREAM,
     "BriaTransformer2DModel": (
-        _list("transformer_blocks", _HE, _EH),
-        _list("single_transformer_blocks", _HE, _EH, in_place=True),
+        BlockList("transformer_blocks", _HE, _EH),
+        BlockList("single_transformer_blocks", _HE, _EH, in_place=True),
     ),
     "OvisImageTransformer2DModel": _TEXT_FIRST,
     "LongCatImageTransformer2DModel": _TEXT_FIRST,
-    "Cosmos3OmniTransformer": (_list("layers", ("und_seq", "gen_seq"), ("und_seq", "gen_seq")),),
+    "Cosmos3OmniTransformer": (
+        BlockList("layers", ("und_seq", "gen_seq"), ("und_seq", "gen_seq")),
+    ),
 }
 
 ADAPTERS: dict[str, Adapter] = {

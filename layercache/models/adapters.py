@@ -122,9 +122,13 @@ def register_adapter(adapter: Adapter) -> None:
 
 def supported_models() -> tuple[str, ...]:
     """Names of the transformer classes that have an adapter, sorted."""
+    return tuple(sorted(_known()))
+
+
+def _known() -> dict[str, Adapter]:
     from layercache.models._table import ADAPTERS
 
-    return tuple(sorted({**ADAPTERS, **_registered}))
+    return ADAPTERS | _registered
 
 
 def adapter_for(transformer: nn.Module, *, required: bool = True) -> Adapter:
@@ -139,11 +143,9 @@ def adapter_for(transformer: nn.Module, *, required: bool = True) -> Adapter:
         UnsupportedModelError: No class in the model's ancestry has an adapter, or the model has
             none of the lists that its adapter declares.
     """
-    from layercache.models._table import ADAPTERS
-
-    module = unwrap(transformer)
+    module, known = unwrap(transformer), _known()
     for ancestor in type(module).__mro__:
-        adapter = _registered.get(ancestor.__name__) or ADAPTERS.get(ancestor.__name__)
+        adapter = known.get(ancestor.__name__)
         if adapter is not None:
             present = tuple(b for b in adapter.block_lists if _has_blocks(module, b.name))
             if adapter.block_lists and not present:
@@ -215,7 +217,7 @@ def read_outputs(block_list: BlockList, output: Any) -> dict[str, Tensor]:
     return {name: v for name, v in zip(names, values, strict=True) if v is not None}
 
 
-def write_outputs(block_list: BlockList, block: nn.Module, streams: Mapping[str, Tensor]) -> Any:
+def write_outputs(block_list: BlockList, streams: Mapping[str, Tensor]) -> Any:
     """What a block would return for these streams; a stream that is not given becomes `None`."""
     if len(block_list.outputs) == 1 and not block_list.wrapped:
         return streams[block_list.outputs[0]]

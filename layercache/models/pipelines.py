@@ -66,8 +66,8 @@ def run_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int = 0) -> T
             quiet.enter_context(without_bar(owner))
         # Some pipelines draw from the global generator besides the one that they are given.
         torch.manual_seed(seed)
-        made = _modular_output(pipe, call) if is_modular(pipe) else pipe(**call, return_dict=False)
-    output = made if is_modular(pipe) else made[0]
+        modular = is_modular(pipe)
+        output = _modular_output(pipe, call) if modular else pipe(**call, return_dict=False)[0]
     tensor = output if isinstance(output, Tensor) else torch.stack(list(output))
     if decodes(pipe) and tensor.ndim == 4 and _makes_videos(pipe):
         tensor = tensor[None]

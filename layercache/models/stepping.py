@@ -120,9 +120,14 @@ def with_sample(result: Any, sample: Tensor) -> Any:
 
 
 @contextmanager
-def tapped_step(scheduler: Any, function: StepFunction) -> Iterator[None]:
-    """Pass every guided output through `function` on its way into `scheduler.step`."""
-    restore = tap_step(scheduler, function)
+def tapped_step(
+    scheduler: Any, function: StepFunction, move: MoveFunction | None = None
+) -> Iterator[None]:
+    """Pass every guided output through `function` on its way into `scheduler.step`.
+
+    `move` may put another sample in the place of what the scheduler made.
+    """
+    restore = tap_step(scheduler, function, move)
     try:
         yield
     finally:
@@ -132,10 +137,7 @@ def tapped_step(scheduler: Any, function: StepFunction) -> Iterator[None]:
 def tap_step(
     scheduler: Any, function: StepFunction, move: MoveFunction | None = None
 ) -> Callable[[], None]:
-    """As `tapped_step`, but returns the function that removes the tap.
-
-    `move` may put another sample in the place of what the scheduler made.
-    """
+    """As `tapped_step`, but returns the function that removes the tap."""
 
     def step(
         inner: Callable[..., Any],

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from layercache.errors import LayerCacheError, PlanError, UnsupportedModelError
-from layercache.models.adapters import adapter_for, blocks_of, check_signature, unwrap
+from layercache.models.adapters import adapter_for, check_signature, unwrap
 from layercache.models.fingerprint import model_fingerprint, setting_of
 from layercache.models.gates import gate_of, is_compiled
 from layercache.plan import Plan
 from layercache.plan_set import PlanSet
 from layercache.runtime._run import PlanRun
 from layercache.runtime._session import OnMismatch
+from layercache.runtime._units import placed
 
 
 def apply_plan(
@@ -71,6 +72,37 @@ def apply_plan(
         raise LayerCacheError(f'on_mismatch={on_mismatch!r}; it is "error" or "compute"')
     plans = _plans(plan, component)
     component = plans[0].component if component is None else component
+    transformer = _transformer(pipe, component)
+    groups = any(each.groups for each in plans)
+    adapter = adapter_for(transformer, required=groups)
+    fingerprint, setting = model_fingerprint(transformer), setting_of(pipe, component=component)
+    # Of a set, what a run has otherwise than its own plan is said when it is made.
+    found = [each.check(fingerprint, setting) for each in plans]
+    differences = found[0] if len(plans) == 1 else []
+    for each in plans:
+        for group, block_list, blocks in placed(each, transformer, adapter):
+            for position in group.positions:
+                check_signature(block_list, blocks[position])
+    if groups and is_compiled(transformer):
+        raise UnsupportedModelError(
+            f"this {type(transformer).__name__} is compiled as a whole, so its blocks cannot be "
+            "skipped one by one: compile the blocks instead, with "
+            "layercache.runtime.compile_blocks(transformer)"
+        )
+    if differences:
+        warnings.warn(
+            "LayerCache: the plan was made in another setting; its predicted quality may not "
+            "hold: " + "; ".join(differences),
+            stacklevel=2,
+        )
+    run = PlanRun(pipe, component, plans, adapter, on_mismatch)
+    run.new(differences)
+    run.install()
+    return run
+
+
+def _transformer(pipe: Any, component: str) -> nn.Module:
+    """The model that a plan is put on, with nothing else on it and a scheduler that can be read."""
     transformer = getattr(pipe, component, None)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedModelError(
@@ -89,37 +121,12 @@ def apply_plan(
             f"a plan is on this {type(transformer).__name__} already: remove that one first "
             "(handle.remove(), or leave its with block)"
         )
-    groups = [group for each in plans for group in each.groups]
-    adapter = adapter_for(transformer, required=bool(groups))
-    fingerprint, setting = model_fingerprint(transformer), setting_of(pipe, component=component)
-    # Of a set, what a run has otherwise than its own plan is said when it is made.
-    found = [each.check(fingerprint, setting) for each in plans]
-    differences = found[0] if len(plans) == 1 else []
-    for group in groups:
-        block_list = adapter.block_list(str(group.block_list))
-        for block in blocks_of(transformer, block_list)[group.start : group.stop]:
-            check_signature(block_list, block)
     if getattr(unwrap(transformer), "is_cache_enabled", False):
         raise LayerCacheError(
             f"another cache of diffusers is on this {type(transformer).__name__}: call "
             "transformer.disable_cache() first"
         )
-    if groups and is_compiled(transformer):
-        raise UnsupportedModelError(
-            f"this {type(transformer).__name__} is compiled as a whole, so its blocks cannot be "
-            "skipped one by one: compile the blocks instead, with "
-            "layercache.runtime.compile_blocks(transformer)"
-        )
-    if differences:
-        warnings.warn(
-            "LayerCache: the plan was made in another setting; its predicted quality may not "
-            "hold: " + "; ".join(differences),
-            stacklevel=2,
-        )
-    run = PlanRun(pipe, component, plans, adapter, on_mismatch)
-    run.said(differences)
-    run.install()
-    return run
+    return transformer
 
 
 def _plans(plan: Plan | PlanSet, component: str | None) -> tuple[Plan, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +11,14 @@ from torch import Tensor, nn
 
 from layercache.errors import UnsupportedModelError
 from layercache.models.adapters import BlockList, adapter_for, blocks_of, check_signature
+from layercache.models.clock import Clock
 from layercache.models.gates import Gate
+from layercache.models.tensors import tensors_in
 from layercache.plan import UnitPlan
 from layercache.runtime._groups import Branch, GroupRunner
-from layercache.runtime._timing import Clock
 from layercache.runtime._trace import Trace
 
+_CPU = torch.device("cpu")
 _SIGMAS = (1.0, 0.5, 0.0)
 _BRANCH: Branch = (None, 0)
 
@@ -50,7 +51,7 @@ def check_adapter(transformer: nn.Module, *args: Any, **kwargs: Any) -> dict[str
     with torch.no_grad():
         names = [block_list.name for block_list in adapter.block_lists]
         with Trace(transformer, adapter, names).watching():
-            expected = _tensors(transformer(*args, **kwargs))
+            expected = tensors_in(transformer(*args, **kwargs))
         tolerance = max(100 * torch.finfo(tensor.dtype).eps for tensor in expected)
         for block_list in adapter.block_lists:
             count = len(blocks_of(transformer, block_list))
@@ -60,7 +61,7 @@ def check_adapter(transformer: nn.Module, *args: Any, **kwargs: Any) -> dict[str
                 with _skipping(transformer, block_list, span) as runner:
                     for step in range(2):
                         runner.begin(step, _BRANCH)
-                        output = _tensors(transformer(*args, **kwargs))
+                        output = tensors_in(transformer(*args, **kwargs))
                         runner.end()
                         worst = max(worst, _deviation(output, expected))
                 if not worst <= tolerance:
@@ -81,19 +82,14 @@ def _skipping(
     """A group of these blocks, computed at step 0 and reused at step 1."""
     first, stop = span
     unit = UnitPlan(kind="group", cells="#0", block_list=block_list.name, start=first, stop=stop)
-    problems: Counter[str] = Counter()
-
-    def note(problem: str) -> None:
-        problems[problem] += 1
-
-    runner = GroupRunner(unit.name, block_list, unit.schedule(_SIGMAS), span, note, Clock())
-    blocks = blocks_of(transformer, block_list)
-    runner.begin_run(blocks)
+    blocks, problems = blocks_of(transformer, block_list), list[str]()
+    schedule = unit.schedule(_SIGMAS)
+    runner = GroupRunner(unit, schedule, block_list, blocks, problems.append, Clock(_CPU))
+    runner.begin_run()
     gates = []
-    for position in runner.positions:
-        check_signature(block_list, blocks[position])
-        handler = runner.handler(blocks[position], position)
-        gates.append(Gate(blocks[position], handler, block_list.streams))
+    for block, handler in runner.handlers.items():
+        check_signature(block_list, block)
+        gates.append(Gate(block, handler, block_list.streams))
     try:
         for gate in gates:
             gate.install()
@@ -102,17 +98,7 @@ def _skipping(
         for gate in gates:
             gate.remove()
     if problems:
-        raise UnsupportedModelError(f"{next(iter(problems))}: call the model with no plan on it")
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)):
-        return [tensor for value in output for tensor in _tensors(value)]
-    return []
+        raise UnsupportedModelError(f"{problems[0]}: call the model with no plan on it")
 
 
 def _deviation(output: list[Tensor], expected: list[Tensor]) -> float:

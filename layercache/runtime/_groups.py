@@ -19,12 +19,12 @@ from torch import nn
 
 from layercache.errors import UnsupportedModelError
 from layercache.models.adapters import BlockList, read_streams, write_outputs
+from layercache.models.clock import Clock, Mark
 from layercache.models.gates import Call, Handler
 from layercache.models.measuring import ResidualMeter, Streams
 from layercache.models.tensors import tensor_bytes
-from layercache.plan import Schedule
+from layercache.plan import Schedule, UnitPlan
 from layercache.runtime._offloading import Transfers, shared_transfers
-from layercache.runtime._timing import Clock, Mark
 from layercache.runtime.arithmetic import add, affine
 
 Branch = tuple[str | None, int]
@@ -39,39 +39,46 @@ class Mode(Enum):
     PREDICT = 2
 
 
-def gate_positions(schedule: Schedule, span: tuple[int, int]) -> list[int]:
+def gate_positions(unit: UnitPlan, schedule: Schedule) -> Sequence[int]:
     """Positions of the blocks of a group that need a gate: all, or where nothing is cached two."""
-    first, stop = span
-    return list(range(first, stop)) if any(schedule.cached) else sorted({first, stop - 1})
+    positions = unit.positions
+    return positions if any(schedule.cached) else sorted({positions[0], positions[-1]})
 
 
 class GroupRunner:
     """State of one group. `begin` is called before each forward of the model, `end` after it.
 
-    A group that the plan never predicts is not `gated`: nothing of it is ever read, so only its
-    first and last block are watched, for the time that they take.
+    Of a group that the plan never predicts nothing is ever read, so only its first and last block
+    are watched, for the time that they take.
+
+    Attributes:
+        handlers: What the gates of its blocks do, by block.
     """
 
     def __init__(
         self,
-        name: str,
-        block_list: BlockList,
+        unit: UnitPlan,
         schedule: Schedule,
-        span: tuple[int, int],
+        block_list: BlockList,
+        blocks: Sequence[nn.Module],
         on_problem: Callable[[str], None],
         clock: Clock,
     ) -> None:
-        self.name = name
+        self.name = unit.name
         self.schedule = schedule
-        self.first, self.stop = span
-        self.gated = any(schedule.cached)
+        self.handlers: dict[nn.Module, Handler] = {
+            blocks[position]: partial(self._call, blocks[position], position)
+            for position in gate_positions(unit, schedule)
+        }
         self.held_bytes = 0
         self.bytes_per_value: dict[Branch, int] = {}
         self.peak_bytes: dict[Branch, int] = {}
         self.marks: tuple[Mark, Mark] = (None, None)
-        self.transfers: Transfers = {}
+        self._transfers: Transfers = {}
         self._clock = clock
         self._block_list = block_list
+        self._blocks = blocks
+        self._positions = unit.positions
         self._on_problem = on_problem
         self._held: dict[Branch, dict[int, Streams]] = {}
         self._mode = Mode.COMPUTE
@@ -84,12 +91,12 @@ class GroupRunner:
 
     # -- decisions, once per forward -----------------------------------------------------------
 
-    def begin_run(self, blocks: Sequence[nn.Module]) -> None:
+    def begin_run(self) -> None:
         """Start counting bytes anew; the model's offloading may have changed since the last run."""
         self.bytes_per_value.clear()
         self.peak_bytes.clear()
-        if self.gated:
-            self.transfers = shared_transfers(blocks, self.first, self.stop)
+        if any(self.schedule.cached):
+            self._transfers = shared_transfers(self._blocks, self._positions)
 
     def begin(self, step: int, branch: Branch) -> None:
         """Set what the blocks do in this forward."""
@@ -133,16 +140,7 @@ class GroupRunner:
 
     # -- the blocks ----------------------------------------------------------------------------
 
-    @property
-    def positions(self) -> list[int]:
-        """Positions in the list of the blocks that need a gate."""
-        return gate_positions(self.schedule, (self.first, self.stop))
-
-    def handler(self, block: nn.Module, position: int) -> Handler:
-        """The gate handler of the block at `position` of the list."""
-        return partial(self.call, block, position)
-
-    def call(
+    def _call(
         self,
         block: nn.Module,
         position: int,
@@ -154,33 +152,27 @@ class GroupRunner:
         self._calls += 1
         if self._calls == 1:
             self.marks = (self._clock.mark(), None)
+        if self._mode is not Mode.COMPUTE:
+            self._check_order(position)
         if self._mode is Mode.COMPUTE:
             output = inner(*args, **kwargs)
+        elif self._meter is not None:
+            output = self._meter.run(block, inner, args, kwargs)
         else:
-            output = self._directed(block, position, inner, args, kwargs)
-        if position == self.stop - 1:
+            for transfer in self._transfers.get(position, ()):
+                transfer()
+            output = self._predicted(block, inner, args, kwargs)
+        if position == self._positions[-1]:
             self.marks = (self.marks[0], self._clock.mark())
         return output
 
-    def _directed(
-        self,
-        block: nn.Module,
-        position: int,
-        inner: Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _check_order(self, position: int) -> None:
         if position <= self._position:
             raise UnsupportedModelError(
                 f"block {position} of {self._block_list.name!r} was called after block "
                 f"{self._position} in one forward; blocks of a group must run once, in order"
             )
         self._position = position
-        if self._meter is not None:
-            return self._meter.run(block, inner, args, kwargs)
-        if self.transfers and position in self.transfers:
-            self.transfers[position]()
-        return self._predicted(block, inner, args, kwargs)
 
     def _predicted(
         self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -197,7 +189,7 @@ class GroupRunner:
                 for name, stream in streams.items()
             }
             self._residual = {}
-        return write_outputs(self._block_list, block, streams)
+        return write_outputs(self._block_list, streams)
 
     # -- what is held --------------------------------------------------------------------------
 

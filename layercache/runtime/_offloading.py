@@ -13,41 +13,24 @@ from torch import nn
 
 from layercache.models._foreign import hook_registry
 
-Transfers = dict[int, Callable[[], None]]
+Transfers = dict[int, list[Callable[[], None]]]
 """Position in the block list to what a skip of that block still has to do."""
 
 _HOOK = "group_offloading"
 
 
-def shared_transfers(blocks: Sequence[nn.Module], first: int, stop: int) -> Transfers:
-    """The transfers that skipped blocks `first` to `stop - 1` owe to blocks outside of that range.
-
-    Args:
-        blocks: All blocks of the list.
-        first: The plan group's first position.
-        stop: One past its last.
-    """
-    inside = {id(block) for block in blocks[first:stop]}
+def shared_transfers(blocks: Sequence[nn.Module], positions: range) -> Transfers:
+    """The transfers that skipped blocks at `positions` of the list owe to its other blocks."""
+    inside = {id(blocks[position]) for position in positions}
     found: Transfers = {}
-    for position in range(first, stop):
+    for position in positions:
         block = blocks[position]
         registry = hook_registry(block)
         hook = registry.get_hook(_HOOK) if registry is not None else None
         if hook is None or all(id(module) in inside for module in hook.group.modules):
             continue
-        owed: list[Callable[[], None]] = []
         if hook.group.onload_leader is block:
-            owed.append(hook.group.onload_)
+            found.setdefault(position, []).append(hook.group.onload_)
         if hook.group.offload_leader is block:
-            owed.append(hook.group.offload_)
-        if owed:
-            found[position] = _all(owed)
+            found.setdefault(position, []).append(hook.group.offload_)
     return found
-
-
-def _all(functions: Sequence[Callable[[], None]]) -> Callable[[], None]:
-    def call() -> None:
-        for function in functions:
-            function()
-
-    return call

@@ -6,13 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 
-from layercache.plan import Plan, UnitPlan
+from layercache.costs import peak_bytes
+from layercache.models.clock import Clock, Mark
+from layercache.plan import Plan
 from layercache.runtime._groups import Branch, GroupRunner
 from layercache.runtime._report import RunReport, UnitReport
 from layercache.runtime._steps import StepRunner
-from layercache.runtime._timing import Mark, Stopwatch
-
-STEP = "step"
+from layercache.runtime._units import Units
 
 
 class Record:
@@ -28,7 +28,7 @@ class Record:
         self.velocity_bytes = 0
         # By unit and branch: whether each step was computed.
         self._seen: dict[str, dict[Branch, dict[int, bool]]] = {}
-        self._watches: dict[tuple[str, Branch, bool], Stopwatch] = {}
+        self._spans: dict[tuple[str, Branch, bool], list[tuple[Mark, Mark]]] = {}
         self._started = self._ended = time.perf_counter()
 
     def count(
@@ -43,8 +43,7 @@ class Record:
         """One call of a unit at a step, computed or predicted, and between which marks."""
         self._seen.setdefault(unit, {}).setdefault(branch, {})[step] = computed
         if start is not None and end is not None:
-            key = (unit, branch, computed)
-            self._watches.setdefault(key, Stopwatch()).add(start, end)
+            self._spans.setdefault((unit, branch, computed), []).append((start, end))
 
     def held(self, size: int) -> None:
         """So many bytes are held now."""
@@ -56,26 +55,24 @@ class Record:
 
     def report(
         self,
-        plan: Plan,
-        groups: list[GroupRunner],
-        step_runner: StepRunner | None,
+        units: Units,
         others: Mapping[str, int],
         timed: bool = True,
     ) -> RunReport:
         """Next to what the plan said. Times wait for the device; `timed=False` leaves them out."""
-        by_name = {group.name: group for group in groups}
-        outputs = {} if step_runner is None else step_runner.bytes_per_output
-        planned = plan.cache_bytes(
-            {group.name: sum(group.bytes_per_value.values()) for group in groups},
+        plan = units.plan
+        planned = peak_bytes(
+            plan.schedules,
+            {group.name: sum(group.bytes_per_value.values()) for group in units.groups},
             self.velocity_bytes,
-            sum(outputs.values()),
+            sum(units.step.bytes_per_output.values()),
         )
-        units = tuple(self._unit(plan, unit, by_name, step_runner, timed) for unit in plan.units)
+        runners = [units.by_name[unit.name] for unit in plan.units]
         return RunReport(
             steps_planned=plan.num_steps,
             steps_seen=len(self.steps_seen),
             steps_elsewhere=len(self.steps_elsewhere),
-            units=units,
+            units=tuple(self._unit(plan, runner, timed) for runner in runners),
             cache_bytes_planned=planned,
             cache_bytes_predicted=plan.predicted.cache_bytes,
             cache_bytes_seen=self.peak_bytes,
@@ -87,35 +84,27 @@ class Record:
             other_calls=dict(others),
         )
 
-    def _unit(
-        self,
-        plan: Plan,
-        unit: UnitPlan,
-        groups: Mapping[str, GroupRunner],
-        step_runner: StepRunner | None,
-        timed: bool,
-    ) -> UnitReport:
-        schedule, seen = plan.schedules[unit.name], self._seen.get(unit.name, {})
+    def _unit(self, plan: Plan, runner: StepRunner | GroupRunner, timed: bool) -> UnitReport:
+        name, schedule = runner.name, runner.schedule
+        seen, whole = self._seen.get(name, {}), isinstance(runner, StepRunner)
         branches = sorted(seen, key=lambda b: (b[0] or "", b[1]))
         steps = [s for s in range(plan.num_steps) if s not in self.steps_elsewhere]
-        whole = unit.kind == "step"
         many = max(
             schedule.stored_at(s) + (whole and schedule.pauses_at(s)) for s in range(plan.num_steps)
         )
-        if whole and step_runner is not None:
+        if isinstance(runner, StepRunner):
             # One output a branch at a time, and the guided outputs, which all branches share.
-            outputs = step_runner.bytes_per_output
+            outputs = runner.bytes_per_output
             bytes_planned = {label(b): outputs.get(b, 0) for b in branches}
             bytes_seen = dict(bytes_planned)
             bytes_planned["guided"] = many * self.velocity_bytes
-            bytes_seen["guided"] = step_runner.peak_guided_bytes
+            bytes_seen["guided"] = runner.peak_guided_bytes
         else:
-            group = groups[unit.name]
-            bytes_planned = {label(b): many * group.bytes_per_value.get(b, 0) for b in branches}
-            bytes_seen = {label(b): group.peak_bytes.get(b, 0) for b in branches}
+            bytes_planned = {label(b): many * runner.bytes_per_value.get(b, 0) for b in branches}
+            bytes_seen = {label(b): runner.peak_bytes.get(b, 0) for b in branches}
         computed = {b: sum(seen[b].values()) for b in branches}
         return UnitReport(
-            name=unit.name,
+            name=name,
             planned_computed=sum(schedule.computed[s] for s in steps),
             planned_predicted=sum(schedule.cached[s] for s in steps),
             seen_computed={label(b): computed[b] for b in branches},
@@ -126,13 +115,13 @@ class Record:
             },
             bytes_planned=bytes_planned,
             bytes_seen=bytes_seen,
-            seconds_computed={label(b): self._time(unit.name, b, True, timed) for b in branches},
-            seconds_predicted={label(b): self._time(unit.name, b, False, timed) for b in branches},
+            seconds_computed={label(b): self._time(name, b, True, timed) for b in branches},
+            seconds_predicted={label(b): self._time(name, b, False, timed) for b in branches},
         )
 
     def _time(self, unit: str, branch: Branch, computed: bool, timed: bool) -> float:
-        watch = self._watches.get((unit, branch, computed))
-        return watch.seconds if timed and watch is not None else 0.0
+        spans = self._spans.get((unit, branch, computed), ()) if timed else ()
+        return sum((Clock.seconds(*span) for span in spans), 0.0)
 
 
 def label(branch: Branch) -> str:

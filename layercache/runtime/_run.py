@@ -13,9 +13,9 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -23,9 +23,9 @@ from torch import nn
 
 from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
 from layercache.models._foreign import CALL_SLOT
-from layercache.models.adapters import Adapter, blocks_of, unwrap
+from layercache.models.adapters import Adapter, unwrap
 from layercache.models.calling import calling_pipeline
-from layercache.models.gates import Call, Gate, Handler, is_compiled
+from layercache.models.gates import Call, Gate, is_compiled
 from layercache.models.patching import Function, own_methods, wrap_method, wrappers
 from layercache.models.pipelines import loop_owners
 from layercache.plan import Plan
@@ -34,6 +34,7 @@ from layercache.runtime._report import RunReport
 from layercache.runtime._session import OnMismatch, Session
 from layercache.runtime._surroundings import MODEL_CHANGES, PIPELINE_CHANGES, Loops
 from layercache.runtime._trace import Trace
+from layercache.runtime._units import placed
 
 
 class _Mark:
@@ -88,20 +89,17 @@ class PlanRun:
         self._gates: list[Gate] = [self._root]
         streams: dict[nn.Module, Sequence[str]] = {}
         for each in self.plans:
-            for group in each.groups:
-                declared = adapter.block_list(str(group.block_list))
-                span = (group.start or 0, group.stop or 0)
-                blocks = blocks_of(self.transformer, declared)
-                for position in gate_positions(each.schedules[group.name], span):
+            for group, declared, blocks in placed(each, self.transformer, adapter):
+                for position in gate_positions(group, each.schedules[group.name]):
                     streams[blocks[position]] = declared.streams
-        self._gates += [Gate(block, self._handler(block), s) for block, s in streams.items()]
+        self._gates += [Gate(block, partial(self._block, block), s) for block, s in streams.items()]
         names = sorted({str(group.block_list) for plan in self.plans for group in plan.groups})
         self._trace = Trace(self.transformer, adapter, names) if names else None
         self._tracing = threading.Lock()
         self._undo: list[Callable[[], None]] = []
         self._runs = 0
         self._others: Counter[str] = Counter()
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
 
     # -- putting on and taking off -------------------------------------------------------------
 
@@ -149,12 +147,7 @@ class PlanRun:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def watch(self, pipe: Any) -> list[Callable[[], None]]:
@@ -188,7 +181,7 @@ class PlanRun:
 
     def _flushing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
         for session in self._live:
-            session.flush()
+            session.units.flush()
         return inner(*args, **kwargs)
 
     def _refusing(self, inner: Call, *args: Any, **kwargs: Any) -> Any:
@@ -270,16 +263,13 @@ class PlanRun:
                     "then apply it again"
                 )
 
-    def _handler(self, block: nn.Module) -> Handler:
-        context = self.context
-
-        def handle(inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            session = context.session
-            if session is None:
-                return inner(*args, **kwargs)
-            return session.block(block, inner, args, kwargs)
-
-        return handle
+    def _block(
+        self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of a block, which may be of a group of another plan of the set."""
+        session = self.context.session
+        handler = None if session is None else session.units.handlers.get(block)
+        return inner(*args, **kwargs) if handler is None else handler(inner, args, kwargs)
 
     # -- what sessions ask for -----------------------------------------------------------------
 
@@ -319,27 +309,24 @@ class PlanRun:
 
     def warn(self, message: str) -> None:
         """Warn, once, of what is the same but for numbers."""
-        kind = _kind(message)
-        if kind not in self._warned:
-            self._warned.add(kind)
+        if self.new([message]):
             warnings.warn(f"LayerCache: {message}", stacklevel=2)
 
-    def said(self, messages: list[str]) -> None:
-        """These were warned of already."""
-        self._warned.update(_kind(message) for message in messages)
+    def new(self, messages: Iterable[str]) -> list[str]:
+        """Those that were not said before, but for their numbers; they are said from now on."""
+        fresh = []
+        for message in messages:
+            kind = re.sub(r"[\d.]+", "0", message)
+            if kind not in self._said:
+                self._said.add(kind)
+                fresh.append(message)
+        return fresh
 
     def warn_of(self, report: RunReport) -> None:
         """One warning of all that a run found otherwise than planned, and that is new."""
-        new = []
-        for text in report.warnings:
-            kind = _kind(text)
-            if kind not in self._warned:
-                self._warned.add(kind)
-                new.append(text)
-        if new:
-            text = "; ".join(new)
+        if new := self.new(report.warnings):
             warnings.warn(
-                f"LayerCache: a run differed from its plan; report() tells how: {text}",
+                f"LayerCache: a run differed from its plan; report() tells how: {'; '.join(new)}",
                 stacklevel=2,
             )
 
@@ -363,13 +350,8 @@ class PlanRun:
     @property
     def held_bytes(self) -> int:
         """Bytes of all tensors that the plan holds now."""
-        return sum(session.held_bytes for session in self._live)
+        return sum(session.units.held_bytes for session in self._live)
 
     def report(self) -> RunReport:
         """What the latest run did, next to what the plan said."""
         return self._latest.report(self._others)
-
-
-def _kind(message: str) -> str:
-    """A message without its numbers: what differs in those alone is said once."""
-    return re.sub(r"[\d.]+", "0", message)

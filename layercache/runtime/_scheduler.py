@@ -37,6 +37,14 @@ _HOOKS = "run it with layercache.runtime.apply_plan"
 _DEFAULT = "FlowMatchEulerDiscreteScheduler"
 
 
+def _of_base(name: str) -> Any:
+    """A number of the scheduler that this one stands for, which pipelines read and set."""
+    return property(
+        lambda self: float(getattr(self.base, name)),
+        lambda self, value: setattr(self.base, name, value),
+    )
+
+
 class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
     """Runs a plan of whole steps in the place of a pipeline's scheduler.
 
@@ -52,6 +60,7 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    sigma_min, sigma_max = _of_base("sigma_min"), _of_base("sigma_max")
 
     @register_to_config
     def __init__(
@@ -67,8 +76,7 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
         )
         self.base = _made(base, self.plan)
         # Pipelines read the shift, the number of training steps and the like.
-        kept = {k: v for k, v in dict(self.base.config).items() if not k.startswith("_")}
-        self.register_to_config(**{**kept, "plan": plan, "base": base})
+        self.register_to_config(**{**_config(self.base), "plan": plan, "base": base})
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.sigmas: Tensor = self.base.sigmas
@@ -97,8 +105,7 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
         if scheduler is not None:
             if isinstance(scheduler, cls):
                 scheduler = scheduler.base
-            kept = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
-            base = {"class_name": type(scheduler).__name__, **kept}
+            base = {"class_name": type(scheduler).__name__, **_config(scheduler)}
         made: Self = cls(plan=plan.to_dict(), base=base)
         return made
 
@@ -203,24 +210,6 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
         """As set."""
         return self._begin_index
 
-    @property
-    def sigma_min(self) -> float:
-        """The lowest level that the schedule is made from; some pipelines set it."""
-        return float(self.base.sigma_min)
-
-    @sigma_min.setter
-    def sigma_min(self, value: float) -> None:
-        self.base.sigma_min = value
-
-    @property
-    def sigma_max(self) -> float:
-        """The highest level that the schedule is made from."""
-        return float(self.base.sigma_max)
-
-    @sigma_max.setter
-    def sigma_max(self, value: float) -> None:
-        self.base.sigma_max = value
-
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
@@ -249,6 +238,10 @@ class LayerCacheScheduler(SchedulerMixin, ConfigMixin):
                 f"{type(self.base).__name__} draws noise at every step, so a plan cannot leave out "
                 "any: use a deterministic flow-matching scheduler"
             )
+
+
+def _config(scheduler: Any) -> dict[str, Any]:
+    return {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
 
 
 def _made(base: Mapping[str, Any] | None, plan: Plan) -> Any:

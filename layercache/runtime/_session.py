@@ -15,12 +15,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from layercache.costs import STEP
 from layercache.errors import ModelMismatchError
 from layercache.models._foreign import starts_anywhere
-from layercache.models.adapters import blocks_of
 from layercache.models.calling import call_setting, latent_shape
+from layercache.models.clock import Clock
 from layercache.models.fingerprint import setting_of
 from layercache.models.gates import Call
 from layercache.models.patching import own_methods
@@ -34,18 +35,18 @@ from layercache.models.stepping import (
 )
 from layercache.models.tensors import map_tensors
 from layercache.plan import Plan
-from layercache.runtime._groups import Branch, GroupRunner
+from layercache.runtime._groups import Branch
 from layercache.runtime._position import Position, compare_sigmas
-from layercache.runtime._record import STEP, Record
+from layercache.runtime._record import Record
 from layercache.runtime._report import RunReport
-from layercache.runtime._steps import StepRunner
 from layercache.runtime._surroundings import Loop
-from layercache.runtime._timing import Clock
-from layercache.runtime.arithmetic import device_of, signature
+from layercache.runtime._units import Units
+from layercache.runtime.arithmetic import signature
 
 if TYPE_CHECKING:
     from layercache.runtime._run import PlanRun
 
+_CPU = torch.device("cpu")
 OnMismatch = Literal["error", "compute"]
 _SIZES = frozenset({"height", "width", "num_frames"})
 
@@ -56,11 +57,10 @@ class Session:
     def __init__(self, run: PlanRun, pipe: Any) -> None:
         self.pipe, self.scheduler = pipe, pipe.scheduler
         self.run = run
-        self._clock = Clock()
+        self._clock = Clock(_CPU)
         self._position = Position(self.scheduler, run.plans[0].sigmas)
         self._record = Record()
-        self.groups: list[GroupRunner] = []
-        self._use(run.plans[0])
+        self.units = self._units_of(run.plans[0])
         # Found out when the first run begins and the scheduler has its timesteps.
         self._solver = ""
         self._levels: tuple[float, ...] = ()
@@ -75,40 +75,18 @@ class Session:
         self._caller: Any = None
         self._loop: Loop | None = None
         self._signatures: dict[Branch, tuple[Any, ...]] = {}
-        self._answered: set[Branch] = set()
-        self._computed: set[Branch] = set()
+        # The calls of the step under way, and whether each was computed.
+        self._called: dict[Branch, bool] = {}
         # Steps that the scheduler made in a run in which this transformer was not called yet.
         self._unclaimed: tuple[Any, set[int]] = (None, set())
 
-    def _use(self, plan: Plan) -> None:
-        """Follow one of the run's plans."""
-        self.plan, run = plan, self.run
-        unit = plan.step_unit
-        self.step_runner = (
-            StepRunner(plan.schedules[unit.name], plan.sigmas, self._note)
-            if unit is not None
-            else None
-        )
-        self.groups, self._blocks = [], {}
-        self._runners: dict[nn.Module, tuple[GroupRunner, int]] = {}
-        for group in plan.groups:
-            declared = run.adapter.block_list(str(group.block_list))
-            span = (group.start or 0, group.stop or 0)
-            schedule = plan.schedules[group.name]
-            runner = GroupRunner(group.name, declared, schedule, span, self._note, self._clock)
-            blocks = blocks_of(run.transformer, declared)
-            self.groups.append(runner)
-            self._blocks[group.name] = blocks
-            self._runners |= {blocks[i]: (runner, i) for i in runner.positions}
+    def _units_of(self, plan: Plan) -> Units:
+        return Units(plan, self.run.transformer, self.run.adapter, self._note, self._clock)
 
-    def block(
-        self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """A call of a block, which may be of a group of another plan of the set."""
-        if block not in self._runners:
-            return inner(*args, **kwargs)
-        runner, position = self._runners[block]
-        return runner.call(block, position, inner, args, kwargs)
+    @property
+    def plan(self) -> Plan:
+        """The plan that is followed, of several that of the latest run."""
+        return self.units.plan
 
     def install(self) -> None:
         """Follow the scheduler, and the progress bar around the pipeline's loop."""
@@ -129,9 +107,9 @@ class Session:
     def end(self) -> None:
         """The run under way, if any, was left: nothing is kept for it."""
         self._loop = None
-        for held in (self._answered, self._computed, self._forms):
-            held.clear()
-        self.flush()
+        self._called.clear()
+        self._forms.clear()
+        self.units.flush()
 
     # -- calls of the transformer --------------------------------------------------------------
 
@@ -152,39 +130,39 @@ class Session:
             self._signatures[branch] = shapes
             if any(schedule.cached[step] for schedule in self.plan.schedules.values()):
                 self._note("inputs changed shape, dtype or device within a run")
-            self.flush(branch)
+            self.units.flush(branch)
         if self._loop is None:
             self._loop = self.run.loops.innermost(self._left)
-        record, clock, runner = self._record, self._clock, self.step_runner
-        record.held(self.held_bytes)
-        clock.follow(device_of(args, kwargs))
+        record, clock, units = self._record, self._clock, self.units
+        record.held(self.units.held_bytes)
+        device = shapes[0][-1] if shapes else _CPU
+        # Other devices' clocks would have to wait for them.
+        clock.device = device if device.type == "cuda" else _CPU
         start = clock.mark()
-        if runner is not None:
-            answer = runner.answer(step, branch)
-            if answer is not None:
-                self._answered.add(branch)
-                if self._position.twice:
-                    self._forms[branch] = answer
-                record.count(STEP, branch, step, False, start, clock.mark())
-                return answer
-        self._computed.add(branch)
-        for group in self.groups:
+        answer = units.step.answer(step, branch)
+        if answer is not None:
+            self._called[branch] = False
+            if self._position.twice:
+                self._forms[branch] = answer
+            record.count(STEP, branch, step, False, start, clock.mark())
+            return answer
+        self._called[branch] = True
+        for group in units.groups:
             group.begin(step, branch)
         output = self.run.traced(inner, args, kwargs)
-        for group in self.groups:
+        for group in units.groups:
             computed = group.end()
             if computed is not None:
                 record.count(group.name, branch, step, computed, *group.marks)
-        if runner is not None:
-            record.count(STEP, branch, step, True, start, clock.mark())
-            runner.computed(step, branch, output)
-            if self._position.twice:
-                self._forms[branch] = map_tensors(torch.Tensor.detach, output)
+        record.count(STEP, branch, step, True, start, clock.mark())
+        units.step.computed(step, branch, output)
+        if self._position.twice:
+            self._forms[branch] = map_tensors(torch.Tensor.detach, output)
         return output
 
     def failed(self) -> None:
         """The call under way raised."""
-        for group in self.groups:
+        for group in self.units.groups:
             group.cancel()
         self.end()
 
@@ -217,11 +195,8 @@ class Session:
         self.end()
         self.run.begins(self)
         if len(self.run.plans) > 1:
-            self._use(self._chosen(caller))
-        for group in self.groups:
-            group.begin_run(self._blocks[group.name])
-        if self.step_runner is not None:
-            self.step_runner.begin_run()
+            self.units = self._units_of(self._chosen(caller))
+        self.units.begin_run()
         self._signatures.clear()
         self._controlled = False
         first = self._record.runs == 0 and self is not self.run.main
@@ -240,11 +215,11 @@ class Session:
         self._unclaimed = (None, set())
         self._levels = levels(self.scheduler.sigmas.tolist())
         self._owned = None
-        if self.step_runner is not None and any(self.step_runner.schedule.cached):
+        if any(self.units.step.schedule.cached):
             self._solver = self._solver or solver_of(self.scheduler)
         self._controlled = self._matches(sigmas_of(self.scheduler))
-        groups = [row for name, row in self.plan.schedules.items() if name != STEP]
-        if self._controlled and position.twice and any(any(row.cached) for row in groups):
+        cached = any(any(group.schedule.cached) for group in self.units.groups)
+        if self._controlled and position.twice and cached:
             name = type(self.scheduler).__name__
             self._mismatched(
                 f"{name} calls the model twice a step, the plan caches groups of blocks"
@@ -266,7 +241,7 @@ class Session:
             fitting or self.run.plans,
             key=lambda plan: (
                 abs(plan.num_steps - len(sigmas) + 1),
-                len(differences(plan.setting, here)),
+                len(plan.differences(here)),
             ),
         )
 
@@ -286,10 +261,9 @@ class Session:
 
     def _compare_setting(self, caller: Any) -> None:
         """Note what this run's pipeline, scheduler and arguments have otherwise than the plan."""
-        setting, here = self.plan.setting, self._setting(caller)
         # The shape of the latents says what the arguments were, however they were rounded.
-        left_out = _SIZES if "latent_shape" in setting else frozenset()
-        for text in differences(setting, here, left_out):
+        left_out = _SIZES if "latent_shape" in self.plan.setting else frozenset()
+        for text in self.plan.differences(self._setting(caller), left_out):
             self._note(text)
 
     def _setting(self, caller: Any) -> dict[str, Any]:
@@ -300,22 +274,15 @@ class Session:
     def _begin_step(self, step: int) -> None:
         before = self._position.step
         if before >= 0:
-            self._finish_step(before)
+            self.units.finish_step(before)
             if any(s not in self._record.steps_elsewhere for s in range(before + 1, step)):
                 # What is stored may belong to other steps than those that it was stored for: a
                 # scheduler that finds its own starting point tells it only after its first step.
                 self._note(f"the run jumped from step {before} to step {step}")
-                self.flush()
+                self.units.flush()
         self._position.enter(step)
         self._record.steps_seen.add(step)
-        self._answered.clear()
-        self._computed.clear()
-
-    def _finish_step(self, step: int) -> None:
-        for group in self.groups:
-            group.finish_step(step)
-        if self.step_runner is not None:
-            self.step_runner.finish_step(step)
+        self._called.clear()
 
     # -- the scheduler's step ------------------------------------------------------------------
 
@@ -328,27 +295,22 @@ class Session:
         if self._again:
             position.stepped()
             return velocity
-        called = position.under_way and bool(self._answered or self._computed)
+        called = position.under_way and bool(self._called)
         position.stepped()
         if not called:
             self._stepped_elsewhere(index, at)
             return velocity
-        result, step = velocity, position.step
-        self._step = step
-        if position.twice and self.step_runner is not None:
+        self._step = step = position.step
+        if position.twice and self.plan.step_unit is not None:
             self._owned = step
-        record.calls[step] = len(self._answered | self._computed)
+        record.calls[step] = len(self._called)
         if len(record.calls) == 1:
             self._compare_shape(sample)
-        if self.step_runner is not None:
-            record.velocity_bytes = velocity.nbytes
-            result = self.step_runner.guided(
-                step, velocity, frozenset(self._answered), frozenset(self._computed)
-            )
-        record.held(self.held_bytes)
-        self._finish_step(step)
-        self._answered.clear()
-        self._computed.clear()
+        record.velocity_bytes = velocity.nbytes
+        result = self.units.step.guided(step, velocity, self._called)
+        record.held(self.units.held_bytes)
+        self.units.finish_step(step)
+        self._called.clear()
         record.stepped()
         self._warn_at_end(step)
         return result
@@ -360,15 +322,13 @@ class Session:
         it keeps of the steps before is not what it takes it for. Where it would call the model
         twice a step, the plan makes every step, of the first call alone.
         """
-        step, runner = self._step, self.step_runner
+        step = self._step
         if self._again:
             return sample.to(moved_sample(result))
-        if runner is None:
-            return None
         if self._position.twice:
             if step != self._owned:
                 return None
-        elif self._solver != "other" or step < runner.executor.first_pause:
+        elif self._solver != "other" or step < self.units.step.executor.first_pause:
             return None
         if isinstance(result, Stepped) and not self._record.calls.get(step):
             # Another plan, of the model that made this step, has moved it.
@@ -394,23 +354,10 @@ class Session:
         elif self._controlled:
             self._step = step = index + self._position.offset
             self._record.steps_elsewhere.add(step)
-            self._finish_step(step)
+            self.units.finish_step(step)
             self._warn_at_end(step)
 
     # -- bookkeeping ---------------------------------------------------------------------------
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all tensors held now."""
-        held = sum(group.held_bytes for group in self.groups)
-        return held + (self.step_runner.held_bytes if self.step_runner is not None else 0)
-
-    def flush(self, branch: Branch | None = None) -> None:
-        """Drop what is held, of one branch or of all."""
-        for group in self.groups:
-            group.flush(branch)
-        if self.step_runner is not None:
-            self.step_runner.flush(branch)
 
     def _note(self, problem: str) -> None:
         self._record.problems[problem] += 1
@@ -421,21 +368,10 @@ class Session:
 
     def report(self, others: Counter[str], timed: bool = True) -> RunReport:
         """What the latest run did; `others` are calls by other pipelines, by class."""
-        report = self._record.report(self.plan, self.groups, self.step_runner, others, timed)
+        report = self._record.report(self.units, others, timed)
         if len(self.run.plans) < 2 or not report.runs:
             return report
         number = self.run.plans.index(self.plan)
         speed = self.plan.predicted.speedup
         text = f"{number} of {len(self.run.plans)}: {self.plan.num_steps} steps, {speed:.2f}x"
         return replace(report, plan=text)
-
-
-def differences(
-    planned: dict[str, Any], here: dict[str, Any], left_out: frozenset[str] = frozenset()
-) -> list[str]:
-    """What both settings know and have otherwise, in words."""
-    return [
-        f"{name} is {planned[name]!r} in the plan and {value!r} here"
-        for name, value in here.items()
-        if name in planned and name not in left_out and planned[name] != value
-    ]

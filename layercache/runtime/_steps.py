@@ -8,12 +8,13 @@ the pipeline makes of them is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layercache.costs import STEP
 from layercache.models.tensors import map_tensors, tensor_bytes
 from layercache.plan import Schedule
 from layercache.runtime._groups import Branch
@@ -24,6 +25,8 @@ from layercache.runtime.executor import StepExecutor
 class StepRunner:
     """State of the step unit."""
 
+    name = STEP
+
     def __init__(
         self, schedule: Schedule, sigmas: Sequence[float], on_problem: Callable[[str], None]
     ) -> None:
@@ -31,7 +34,7 @@ class StepRunner:
         self.executor: StepExecutor[Tensor] = StepExecutor(schedule, sigmas, affine, _kept)
         self._on_problem = on_problem
         self._outputs: dict[Branch, Any] = {}
-        self._callers: frozenset[Branch] = frozenset()
+        self._callers: set[Branch] = set()
         self._shape: torch.Size | None = None
         self.bytes_per_output: dict[Branch, int] = {}
         self.peak_guided_bytes = 0
@@ -63,26 +66,20 @@ class StepRunner:
             self._outputs[branch] = kept
             self.bytes_per_output[branch] = tensor_bytes(kept)
 
-    def guided(
-        self, step: int, velocity: Tensor, answered: frozenset[Branch], computed: frozenset[Branch]
-    ) -> Tensor:
-        """The velocity that the scheduler is to use instead of the pipeline's own.
+    def guided(self, step: int, velocity: Tensor, called: Mapping[Branch, bool]) -> Tensor:
+        """The velocity that the scheduler is to use instead of `velocity`, the pipeline's own.
 
-        Args:
-            step: The step.
-            velocity: What the pipeline made of the transformer's outputs.
-            answered: Branches whose calls were skipped at this step.
-            computed: Branches that ran.
+        `called` are the step's calls, and whether each was computed.
         """
         if velocity.shape != self._shape:
             self.executor.clear()
             self._shape = velocity.shape
-        if answered:
-            return self._repeated(step, velocity, answered, computed)
+        if not all(called.values()):
+            return self._repeated(step, velocity, called)
         if not self.schedule.computed[step]:
             return velocity
         mean = self.executor.compute(step, velocity)
-        self._callers = computed
+        self._callers = set(called)
         held = tensor_bytes(self.executor.held)
         self.peak_guided_bytes = max(self.peak_guided_bytes, held)
         if mean is None:
@@ -90,14 +87,12 @@ class StepRunner:
             return velocity
         return mean
 
-    def _repeated(
-        self, step: int, velocity: Tensor, answered: frozenset[Branch], computed: frozenset[Branch]
-    ) -> Tensor:
+    def _repeated(self, step: int, velocity: Tensor, called: Mapping[Branch, bool]) -> Tensor:
         mean = self.executor.repeated(step)
         if mean is None:
             self._on_problem(f"step: what was stored for step {step} was lost within it")
             return velocity
-        if computed or answered != self._callers:
+        if any(called.values()) or set(called) != self._callers:
             # The pipeline calls otherwise from here on, so what is stored serves no later step.
             self._on_problem(f"step: the calls at step {step} are not those that it repeats")
             self.executor.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 # Methods after which stored tensors belong to another model: of the transformer (diffusers' PEFT
@@ -42,14 +41,9 @@ class Loop:
     def __enter__(self) -> Any:
         return self._bar.__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> Any:
+    def __exit__(self, *error: Any) -> Any:
         self._ended()
-        return self._bar.__exit__(kind, error, trace)
+        return self._bar.__exit__(*error)
 
     def __iter__(self) -> Iterator[Any]:
         try:

@@ -118,13 +118,7 @@ class StepExecutor(Generic[A]):
                 f"the plan caches groups of blocks ({caching}), which only hooks can: run it with "
                 'layercache.runtime.apply_plan, or compile one with units=("step",)'
             )
-        unit = plan.step_unit
-        if unit is not None:
-            return cls(plan.schedules[unit.name], plan.sigmas, affine, keep)
-        steps = plan.num_steps
-        idle = (-1,) * steps
-        everything = Schedule((True,) * steps, (False,) * steps, idle, ((),) * steps, idle)
-        return cls(everything, plan.sigmas, affine, keep)
+        return cls(plan.step_row.schedule(plan.sigmas), plan.sigmas, affine, keep)
 
     def compute(self, step: int, velocity: A) -> A | None:
         """The mean velocity m_a of a computed step, given its own; stores what is read later.

@@ -191,7 +191,7 @@ def test_a_stopped_measurement_goes_on_where_it_stopped(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[str] = []
-    plain = measuring_module.timed_run
+    plain = measuring_module.run_once
 
     def run(pipe: Any, method: Any, batch: Any) -> Any:
         runs.append(f"{method.name} {method.compute_share:.3f}")
@@ -199,7 +199,7 @@ def test_a_stopped_measurement_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return plain(pipe, method, batch)
 
-    monkeypatch.setattr(measuring_module, "timed_run", run)
+    monkeypatch.setattr(measuring_module, "run_once", run)
     field = entrants(*range(1, STEPS))  # two blocks a batch
     assert len(field) > BLOCK
     stop_after = 2 + BLOCK + 1 + 1  # within the second block of the first batch

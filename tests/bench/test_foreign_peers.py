@@ -39,7 +39,7 @@ class Setup:
 
     def run(self, method: Method) -> tuple[Tensor, int]:
         with counted_work(self.pipe.transformer) as done:
-            images, _ = run_once(self.pipe, method, self.batch)
+            images = run_once(self.pipe, method, self.batch).images
         return images, done.multiply_adds
 
     def share(self, method: Method) -> float:

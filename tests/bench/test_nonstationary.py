@@ -33,11 +33,11 @@ def test_all_nodes_with_the_default_rows_are_adams_bashforth() -> None:
 def test_every_node_computed_is_the_uncached_run() -> None:
     pipe = tiny_pipeline()
     (batch,) = work()
-    plain, _ = run_once(pipe, Uncached(), batch)
+    plain = run_once(pipe, Uncached(), batch).images
     trajectories = collect_trajectories(pipe, [batch])
     solver = fit_nonstationary(pipe, batch, trajectories, range(STEPS))
     assert solver.compute_share == 1.0
-    torch.testing.assert_close(run_once(pipe, solver, batch)[0], plain, atol=2e-4, rtol=0)
+    torch.testing.assert_close(run_once(pipe, solver, batch).images, plain, atol=2e-4, rtol=0)
 
 
 def test_a_fit_computes_at_its_nodes_only_and_leaves_no_trace() -> None:
@@ -63,10 +63,10 @@ def test_a_fit_beats_reuse_and_its_own_prior_on_prompts_that_it_has_not_seen() -
         before = rows[-1] if rows else None
         rows.append(tuple(default_row(before, nodes, stop, trajectories.sigmas).tolist()))
     prior = NonStationary(nodes, tuple(rows), fitted.sigmas)
-    plain, _ = run_once(pipe, Uncached(), unseen)
+    plain = run_once(pipe, Uncached(), unseen).images
 
     def error(method: object) -> float:
-        images, _ = run_once(pipe, method, unseen)  # type: ignore[arg-type]
+        images = run_once(pipe, method, unseen).images  # type: ignore[arg-type]
         return float((images - plain).pow(2).mean())
 
     assert error(fitted) < 0.5 * error(prior)
@@ -101,4 +101,4 @@ def test_a_second_generation_starts_anew() -> None:
 
         run_pipeline(pipe, first.arguments)
         shared = run_pipeline(pipe, second.arguments)
-    assert torch.equal(shared, run_once(pipe, solver, second)[0])
+    assert torch.equal(shared, run_once(pipe, solver, second).images)

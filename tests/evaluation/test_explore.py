@@ -86,14 +86,14 @@ def test_text_of_a_model_cannot_leave_its_place(stats: CalibrationStats) -> None
     hostile = "</script><img src=x onerror=alert(1)>"
     changed = replace(stats, setting=dict(stats.setting) | {"pipeline": hostile})
     made = explore_page(changed, shares=(0.5,))
-    assert hostile not in made and data_of(made)["facts"]["Pipeline"] == hostile
+    assert hostile not in made and hostile in data_of(made)["facts"]["Made for"]
 
 
 def test_every_guidance_is_shown(stats: CalibrationStats) -> None:
     """FLUX has both, and the second is off unless it is asked for."""
     setting = {"guidance_scale": 3.5, "true_cfg_scale": 1.0}
     made = explore_page(replace(stats, setting=dict(stats.setting) | setting), shares=(0.5,))
-    assert data_of(made)["facts"]["Guidance"] == "guidance_scale 3.5, true_cfg_scale 1.0"
+    assert "guidance_scale 3.5, true_cfg_scale 1.0" in data_of(made)["facts"]["Made for"]
 
 
 @pytest.mark.parametrize("text", [None, "[]", "{", '{"rows": []}', '{"rows": [{}], "images": 1}'])

@@ -58,9 +58,9 @@ def test_uniform_steps_refuse_an_impossible_budget() -> None:
 def test_every_step_fresh_gives_identical_images() -> None:
     pipe = tiny_pipeline()
     (batch,) = work()
-    plain, _ = run_once(pipe, Uncached(), batch)
+    plain = run_once(pipe, Uncached(), batch).images
     method = Uniform((True,) * STEPS)
-    same, _ = run_once(pipe, method, batch)
+    same = run_once(pipe, method, batch).images
     assert torch.equal(plain, same)
 
 
@@ -68,10 +68,10 @@ def test_skipped_steps_compute_nothing() -> None:
     pipe = tiny_pipeline()
     (batch,) = work()
     calls = counted(pipe)
-    images, _ = run_once(pipe, Uniform((True, False, True, False, False, False)), batch)
+    images = run_once(pipe, Uniform((True, False, True, False, False, False)), batch).images
     assert calls[0] == 2 * 2  # two fresh steps, two branches
     calls[0] = 0
-    plain, _ = run_once(pipe, Uncached(), batch)
+    plain = run_once(pipe, Uncached(), batch).images
     assert calls[0] == 2 * STEPS
     assert not torch.equal(images, plain)
 
@@ -97,7 +97,7 @@ def test_skipping_reuses_the_guided_output_exactly() -> None:
 def test_the_runner_leaves_no_trace_even_after_an_error() -> None:
     pipe = tiny_pipeline()
     (batch,) = work()
-    before, _ = run_once(pipe, Uncached(), batch)
+    before = run_once(pipe, Uncached(), batch).images
 
     def fail(index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         raise RuntimeError("midway")
@@ -110,7 +110,7 @@ def test_the_runner_leaves_no_trace_even_after_an_error() -> None:
         run_pipeline(pipe, batch.arguments)
     assert "forward" not in vars(pipe.transformer)
     assert "step" not in vars(pipe.scheduler)
-    after, _ = run_once(pipe, Uncached(), batch)
+    after = run_once(pipe, Uncached(), batch).images
     assert torch.equal(before, after)
 
 
@@ -121,7 +121,7 @@ def test_a_second_run_starts_anew() -> None:
     with torch.no_grad(), method.attach(pipe):
         run_pipeline(pipe, first.arguments)
         shared = run_pipeline(pipe, second.arguments)
-    alone, _ = run_once(pipe, method, second)
+    alone = run_once(pipe, method, second).images
     assert torch.equal(shared, alone)
 
 
@@ -144,7 +144,9 @@ def test_fewer_steps_is_the_pipeline_with_fewer_steps() -> None:
     (batch,), (short,) = work(), work(steps=3)
     method = FewerSteps(3, STEPS)
     assert method.compute_share == 0.5
-    assert torch.equal(run_once(pipe, method, batch)[0], run_once(pipe, Uncached(), short)[0])
+    assert torch.equal(
+        run_once(pipe, method, batch).images, run_once(pipe, Uncached(), short).images
+    )
 
 
 def test_trajectories_hold_what_the_scheduler_saw() -> None:
@@ -162,13 +164,13 @@ def test_meancache_with_every_step_fresh_is_exact_and_with_fewer_is_near() -> No
     (batch,) = work()
     trajectories = collect_trajectories(pipe, [batch])
     sigmas = tuple(trajectories.sigmas.tolist())
-    plain, _ = run_once(pipe, Uncached(), batch)
+    plain = run_once(pipe, Uncached(), batch).images
     full = MeanCache(tuple(Edge(t, t + 1, 1) for t in range(STEPS)), sigmas)
-    assert torch.equal(run_once(pipe, full, batch)[0], plain)
+    assert torch.equal(run_once(pipe, full, batch).images, plain)
     best = MeanCache(mean_cache_schedules(trajectories, 4)[0], sigmas)
     worst = Uniform((True,) + (False,) * 5)
-    error = (run_once(pipe, best, batch)[0] - plain).pow(2).mean()
-    assert error < 0.1 * (run_once(pipe, worst, batch)[0] - plain).pow(2).mean()
+    error = (run_once(pipe, best, batch).images - plain).pow(2).mean()
+    assert error < 0.1 * (run_once(pipe, worst, batch).images - plain).pow(2).mean()
 
 
 def test_timing_interleaves_and_keeps_images_in_order() -> None:

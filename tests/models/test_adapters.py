@@ -50,18 +50,18 @@ def test_an_absent_stream_is_left_out() -> None:
 
 def test_outputs_are_read_and_written_in_the_declared_order() -> None:
     image, text = torch.zeros(1), torch.ones(2)
-    output = write_outputs(BOTH, Block(), {"image": image, "text": text})
+    output = write_outputs(BOTH, {"image": image, "text": text})
     assert output[0] is text
     assert output[1] is image
     assert read_outputs(BOTH, output) == {"text": text, "image": image}
-    assert write_outputs(ONE, Block(), {"image": image}) is image
+    assert write_outputs(ONE, {"image": image}) is image
     assert read_outputs(ONE, image)["image"] is image
 
 
 def test_a_stream_that_is_none_stays_none() -> None:
     image = torch.zeros(1)
     assert list(read_outputs(BOTH, (None, image))) == ["image"]
-    assert write_outputs(BOTH, Block(), {"image": image})[0] is None
+    assert write_outputs(BOTH, {"image": image})[0] is None
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ class SlowRuntime:
                     self.deltas[branch, position, unit.name, name, index] = after - before[name]
                 return output
             if unit.name in self.entered:
-                return write_outputs(block_list, block, before)
+                return write_outputs(block_list, before)
             self.entered.add(unit.name)
             after = {}
             for name, tensor in before.items():
@@ -306,7 +306,7 @@ class SlowRuntime:
                         if all(key in self.deltas for key in keys):
                             sums[s] = sum(self.deltas[key] for key in keys)  # type: ignore[assignment]
                 after[name] = tensor + self._predict(unit, index, sums) if sums else tensor
-            return write_outputs(block_list, block, after)
+            return write_outputs(block_list, after)
 
         return forward
 

@@ -321,9 +321,9 @@ def test_solvers_are_told_apart() -> None:
 
 def test_a_linear_residual_is_extrapolated_exactly_with_one_tap_or_several() -> None:
     """Both a published span and fitted taps that add up alike predict a line in sigma."""
+    from layercache.models.clock import Clock
     from layercache.plan import UnitPlan
     from layercache.runtime._groups import GroupRunner
-    from layercache.runtime._timing import Clock
 
     sigmas = sigmas_of_pipeline()
     offset, slope = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])
@@ -339,10 +339,11 @@ def test_a_linear_residual_is_extrapolated_exactly_with_one_tap_or_several() -> 
             taps=None if taps is None else tuple(tuple(row) for row in taps),
         )  # fmt: skip
         problems: list[str] = []
-        clock: Any = Clock()
+        clock = Clock(torch.device("cpu"))
         block_list: Any = None
+        blocks = [torch.nn.Identity()]
         runner = GroupRunner(
-            unit.name, block_list, unit.schedule(sigmas), (0, 1), problems.append, clock
+            unit, unit.schedule(sigmas), block_list, blocks, problems.append, clock
         )
         branch = (None, 0)
         for at in (0, 1, 3):

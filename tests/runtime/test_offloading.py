@@ -239,7 +239,7 @@ def test_a_group_across_two_devices_ends_on_the_second() -> None:
         for t in pipe.scheduler.timesteps:
             output = model(**inputs, return_dict=False)[0]
             devices.append(output.device.type)
-            held = run.main.groups[0]._held.get((None, 0), {})
+            held = run.main.units.groups[0]._held.get((None, 0), {})
             stored = {
                 tensor.device.type for streams in held.values() for tensor in streams.values()
             }

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from layercache.models.clock import Clock
 from layercache.runtime import apply_plan
-from layercache.runtime._timing import Clock, Stopwatch
+from layercache.runtime._record import Record
 from tests.runtime.harness import group, make_plan, step
 from tests.runtime.mixed import LIST, MIXED, STEPS, pipeline
 
@@ -132,19 +133,18 @@ def test_device_times_are_waited_for_only_when_they_are_read(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
-    clock, watch = Clock(), Stopwatch()
-    clock.follow(torch.device("cuda", 0))
-    for _ in range(3):
+    clock, record, branch = Clock(torch.device("cuda", 0)), Record(), (None, 0)
+    for at in range(3):
         start = clock.mark()
-        watch.add(start, clock.mark())
+        record.count("step", branch, at, True, start, clock.mark())
     assert FakeEvent.waits == 0
-    assert watch.seconds == 3.0
+    assert record._time("step", branch, True, timed=False) == 0.0 and FakeEvent.waits == 0
+    assert record._time("step", branch, True, timed=True) == 3.0
     assert FakeEvent.waits == 3
-    assert watch.seconds == 3.0
-    clock.follow(torch.device("cpu"))
+    clock.device = torch.device("cpu")
     start = clock.mark()
-    watch.add(start, clock.mark())
-    assert 3.0 < watch.seconds < 4.0
+    record.count("step", branch, 3, True, start, clock.mark())
+    assert 3.0 < record._time("step", branch, True, timed=True) < 4.0
 
 
 def test_no_run_reads_device_times_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,8 @@ def test_no_run_reads_device_times_by_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(Clock, "follow", lambda self, device: setattr(self, "_device", cuda))
+    # Every device is this one, whatever a run says.
+    monkeypatch.setattr(Clock, "device", property(lambda self: cuda, lambda *_: None), False)
     FakeEvent.waits = 0
     pipe = pipeline()
     with apply_plan(pipe, make_plan(pipe, STEPS, [step("###000")])) as run:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from layercache.errors import ModelMismatchError
+from layercache.models.patching import wrap_method
 from layercache.models.stepping import StepFunction, step_index, tapped_step
 
 
@@ -40,12 +41,11 @@ def skip_steps(
     if not fresh or not fresh[0]:
         raise ValueError("the first step must be fresh: there is nothing to reuse before it")
     transformer, scheduler = pipe.transformer, pipe.scheduler
-    compute = transformer.forward
     outputs: list[Any] = []
     call = 0
     advance = new_run()
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal call
         number, call = call, call + 1
         if fresh[step_index(scheduler)]:
@@ -65,13 +65,9 @@ def skip_steps(
             advance = new_run()
         return advance(index, velocity, sample)
 
-    had_own = "forward" in vars(transformer)
-    transformer.forward = forward
+    restore = wrap_method(transformer, "forward", forward)
     try:
         with tapped_step(scheduler, on_step):
             yield
     finally:
-        if had_own:
-            transformer.forward = compute
-        else:
-            del transformer.forward
+        restore()
