@@ -1,6 +1,6 @@
 """PSNR of plans at fixed shares of compute, seen on validation prompts and predicted.
 
-    python -m bench.quality --folder FOLDER [--json FILE] [--quick]
+    python -m bench.quality --folder FOLDER [--weights DIR] [--json FILE] [--quick]
 
 For each setting of the reference model (50 steps with guidance, 28 without) statistics of
 calibration prompts are measured, default plans and plans of groups alone are compiled from them at
@@ -33,6 +33,7 @@ from layercache import Budget, CalibrationStats, Plan, compile_plan
 from layercache.calibration import calibrate
 from layercache.errors import BudgetError
 from layercache.reference import call_arguments, load_pipeline, prompts
+from layercache.reference.pipeline import WEIGHTS
 from layercache.runtime import apply_plan
 
 SHARES: dict[tuple[str, ...], tuple[float, ...]] = {
@@ -59,6 +60,7 @@ class Setting:
         validation: Prompts that plans run on.
         batch: Prompts a pipeline call.
         lags: Lags that calibration measures.
+        weights: Of the reference model.
     """
 
     steps: int
@@ -68,6 +70,7 @@ class Setting:
     validation: int = 32
     batch: int = 16
     lags: int = 8
+    weights: Path = WEIGHTS
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -80,7 +83,7 @@ class Setting:
 
     def load(self) -> Any:
         """The reference pipeline with this setting's scheduler."""
-        pipe = load_pipeline()
+        pipe = load_pipeline(self.weights)
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
         return pipe
 
@@ -89,7 +92,7 @@ SETTINGS = {
     "50": Setting(steps=50, guidance=4.0, shift=3.0),
     "28": Setting(steps=28, guidance=1.0, shift=2.0),
 }
-TINY = {"calibration": 2, "validation": 2, "batch": 2, "lags": 2, "steps": 8}
+TINY: dict[str, Any] = {"calibration": 2, "validation": 2, "batch": 2, "lags": 2, "steps": 8}
 
 
 def statistics_of(pipe: Any, setting: Setting, path: Path, progress: bool) -> CalibrationStats:
@@ -201,6 +204,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="keeps statistics and images")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of bench.reference.train")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--quick", action="store_true", help="a small run, for a smoke test")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
@@ -208,7 +212,7 @@ def main() -> None:
     log = functools.partial(print, flush=True)
     found = {}
     for name in chosen.settings:
-        setting = replace(SETTINGS[name], **TINY) if chosen.quick else SETTINGS[name]
+        setting = replace(SETTINGS[name], weights=chosen.weights, **(TINY if chosen.quick else {}))
         found[name] = measure(setting, name, chosen.folder, log=log)
         if chosen.json is not None:
             chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

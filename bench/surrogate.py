@@ -1,9 +1,9 @@
 """How well the error model foretells the final error, and how exact its sketches are.
 
-    python -m bench.surrogate [--json] [--quick] [--plans N] [--parts FOLDER]
+    python -m bench.surrogate [--model NAME] [--json] [--quick] [--plans N] [--parts FOLDER]
 
 Random schedules (skipped steps, cached groups, both) at random budgets, predicted by reuse, by the
-published predictor or by fitted taps, are run on validation prompts of the reference model. The
+published predictor or by fitted taps, are run on validation prompts of a model. The
 measured error is the mean squared difference of the final latent from the uncached one, its
 logarithm averaged over prompts. Spearman's rank correlation with it:
 
@@ -27,11 +27,10 @@ for another run.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.comparison.scenario import SCENARIOS, Scenario
 from layercache import CalibrationStats, Plan
 from layercache._fit_rows import rows_of
 from layercache.calibration import calibrate
@@ -51,7 +51,6 @@ from layercache.costs import STEP
 from layercache.options import Options
 from layercache.plan import Budget, Certificate
 from layercache.prediction import ErrorModel, Fit, price
-from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.runtime import apply_plan
 from layercache.solver._solution import price_of
 
@@ -190,12 +189,13 @@ def sketch_errors(stats: CalibrationStats, seed: int = 0) -> dict[str, dict[str,
     return result
 
 
-def measure(count: int, steps: int, size: int, parts: Path, progress: bool) -> dict[str, Any]:
+def measure(
+    scenario: Scenario, count: int, size: int, parts: Path, progress: bool
+) -> dict[str, Any]:
     """All figures."""
-    pipe = load_pipeline()
-    arguments = call_arguments()
-    del arguments["generator"], arguments["num_inference_steps"]
-    texts = prompts("calibration", size)
+    pipe, steps = scenario.load(), scenario.steps
+    texts, call = scenario.prompts("calibration", size), scenario.arguments()
+    arguments = {name: value for name, value in call.items() if name != "num_inference_steps"}
     common: dict[str, Any] = {
         "num_inference_steps": steps,
         "batch_size": 8,
@@ -206,9 +206,8 @@ def measure(count: int, steps: int, size: int, parts: Path, progress: bool) -> d
     replay = calibrate(pipe, texts, parts=parts / "replay", **common)
     residual = calibrate(pipe, texts, mode="residual", parts=parts / "residual", **common)
     # Perturbed runs in residual mode would be those of replay mode, prompts and noise being equal.
-    informed = dataclasses.replace(residual, amplification=replay.amplification)
-    call = arguments | {"num_inference_steps": steps}
-    validation = batches(prompts("validation", size), 1, 8, call)
+    informed = replace(residual, amplification=replay.amplification)
+    validation = batches(scenario.prompts("validation", size), 1, 8, call)
     reference = final_latents(pipe, validation)
 
     rng = np.random.default_rng(0)
@@ -237,6 +236,7 @@ def measure(count: int, steps: int, size: int, parts: Path, progress: bool) -> d
         "plans": count,
         "calibration_prompts": size,
         "validation_prompts": size,
+        "model": scenario.title,
         "steps": steps,
         "sketch_error_median": sketched[str(DEFAULT_SIZE)]["squared_norm_median"],
         "sketch_errors": sketched,
@@ -263,7 +263,7 @@ def correlation(rows: Sequence[dict[str, Any]], name: str) -> float:
 def report(figures: dict[str, Any]) -> str:
     """The figures as a table for a person."""
     lines = [
-        f"{figures['plans']} random plans, {figures['steps']} steps, "
+        f"{figures['model']}: {figures['plans']} random plans, "
         f"{figures['calibration_prompts']} calibration and {figures['validation_prompts']} "
         "validation prompts; Spearman's correlation with the measured final error",
         f"  {'plans':<14}" + "".join(f"{name:>17}" for name in PREDICTIONS),
@@ -292,15 +292,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small run, for a smoke test")
     parser.add_argument("--plans", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, help="those of the model's setting if not given")
+    parser.add_argument("--model", choices=SCENARIOS, default="main")
     parser.add_argument("--parts", type=Path, help="folder that keeps the statistics")
     chosen = parser.parse_args()
-    count, steps, size = chosen.plans, chosen.steps, chosen.prompts
+    scenario, count, size = SCENARIOS[chosen.model], chosen.plans, chosen.prompts
     if chosen.quick:
-        count, steps, size = 9, 10, 1
+        count, size = 9, 1
+    steps = chosen.steps or (10 if chosen.quick else scenario.steps)
     with tempfile.TemporaryDirectory() as folder:
         parts = chosen.parts or Path(folder)
-        figures = measure(count, steps, size, parts, progress=not chosen.json)
+        figures = measure(
+            replace(scenario, steps=steps), count, size, parts, progress=not chosen.json
+        )
     print(json.dumps(figures) if chosen.json else report(figures))
 
 

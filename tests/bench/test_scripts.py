@@ -19,7 +19,7 @@ TINY = {
     "bench.__main__": "--quick --methods uniform --weights {weights} --out {out} --json",
     "bench.calibration": "--quick --json",
     "bench.calibration_plans": "--quick --json --picture {out}/prompts.png",
-    "bench.heterogeneity": "--model first --groups 2 --prompts 1",
+    "bench.heterogeneity": "--model main --groups 2 --prompts 1",
     "bench.quality": "--quick --folder {out} --json {out}/quality.json",
     "bench.reference.train": "--out {out} --steps 1 --batch 1 --no-compile",
     "bench.runtime": "--quick --weights {weights} --json",
