@@ -22,7 +22,7 @@ _PICTURES = {
     ),
     "sheet": (
         "Image sheet",
-        "<p>The first held-out prompts, not selected, with the difference to the uncached image "
+        "<p>The first prompts, not selected, with the difference to the uncached image "
         "amplified under each.</p>",
     ),
 }
@@ -42,8 +42,8 @@ def html_report(
         f"<h1>{escape(title)}</h1>",
         "<p>A plan decides, for every timestep and every group of transformer blocks, what is "
         "computed and what is predicted from earlier steps. Each method below had the same budget "
-        "of transformer compute and the same held-out prompts and seeds, which no method was "
-        "fitted to. Fidelity is measured against the uncached images.</p>",
+        "of transformer compute and the same prompts and seeds; figures are fair where no method "
+        "was fitted to those. Fidelity is measured against the uncached images.</p>",
         f'<div class="cards">{_cards(comparison)}</div>',
         "<h2>All methods at equal compute</h2>",
         f'<div class="panel">{_table(comparison)}</div>',

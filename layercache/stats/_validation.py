@@ -43,6 +43,17 @@ def check_stats(stats: CalibrationStats) -> None:
             require_plain(getattr(stats, name), name)
         except ValueError as error:
             raise StatsError(str(error)) from error
+    _check_shapes(stats)
+    _check_finite(stats)
+    _check_counts(stats)
+    _check_values(stats)
+    _check_groups(stats)
+    ids = list(stats.prompt_ids)
+    if len(ids) != stats.num_prompts or ids != sorted(set(ids)):
+        raise StatsError("prompt_ids must be sorted, all different, and as many as the prompts")
+
+
+def _check_shapes(stats: CalibrationStats) -> None:
     sigmas, groups = stats.sigmas, len(stats.groups)
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise StatsError(f"sigmas has shape {sigmas.shape}; it needs T+1 >= 2 values")
@@ -65,6 +76,9 @@ def check_stats(stats: CalibrationStats) -> None:
         array = getattr(stats, name)
         if array.shape != shape:
             raise StatsError(f"{name} has shape {array.shape}; {shape} was expected")
+
+
+def _check_finite(stats: CalibrationStats) -> None:
     for name in ARRAYS:
         if not np.isfinite(getattr(stats, name)).all():
             raise StatsError(
@@ -76,11 +90,15 @@ def check_stats(stats: CalibrationStats) -> None:
                 f"{name} holds {np.abs(getattr(stats, name)).max():.3g}, more than {_MOST:g}: the "
                 "calibration run overflowed; calibrate again in float32 or bfloat16"
             )
-    if not (np.diff(sigmas) < 0).all() or sigmas[-1] != 0:
+
+
+def _check_counts(stats: CalibrationStats) -> None:
+    if not (np.diff(stats.sigmas) < 0).all() or stats.sigmas[-1] != 0:
         raise StatsError("sigmas must fall strictly and end at 0; the schedule is malformed")
+    prompts, _, size = stats.velocities.shape
     counts = {
         "prompts": prompts,
-        "lags": lags,
+        "lags": stats.max_lag,
         "sketch_size": size,
         "branches": stats.branches,
         "numel": stats.numel,
@@ -95,6 +113,9 @@ def check_stats(stats: CalibrationStats) -> None:
         )
     if stats.passes not in (1, 2):
         raise StatsError(f"passes is {stats.passes}; the calls of a step are made once or twice")
+
+
+def _check_values(stats: CalibrationStats) -> None:
     if (stats.times_ms < 0).any():
         raise StatsError("times_ms must not be negative")
     if not (stats.times_ms[:, :-1] > 0).any(axis=1).all():
@@ -106,14 +127,13 @@ def check_stats(stats: CalibrationStats) -> None:
         raise StatsError("loads are shares of the fullest step: from 0 to 1, and 1 somewhere")
     if stats.segments[0] != 0 or not np.isin(np.diff(stats.segments), (0, 1)).all():
         raise StatsError("segments must count up from 0 by 0 or 1 a step")
-    if len(stats.group_bytes) != groups:
-        raise StatsError(f"group_bytes has {len(stats.group_bytes)} values for {groups} groups")
+    if len(stats.group_bytes) != len(stats.groups):
+        raise StatsError(
+            f"group_bytes has {len(stats.group_bytes)} values for {len(stats.groups)} groups"
+        )
     for name in ("group_bytes", "velocity_bytes", "output_bytes"):
         if np.min(getattr(stats, name), initial=0) < 0:
             raise StatsError(f"{name} is {getattr(stats, name)}; bytes cannot be negative")
-    _check_groups(stats)
-    if len(stats.prompt_ids) != prompts or list(stats.prompt_ids) != sorted(set(stats.prompt_ids)):
-        raise StatsError("prompt_ids must be sorted, all different, and as many as the prompts")
 
 
 def _check_groups(stats: CalibrationStats) -> None:
