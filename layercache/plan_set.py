@@ -44,6 +44,9 @@ class PlanSet(JsonFile):
                     f"plans[{index}] is for another {plan.component} than the plan before: "
                     "a set is of one model"
                 )
+            if plan in self.plans[:index]:
+                first = self.plans.index(plan)
+                raise ValueError(f"plans[{index}] is plans[{first}] again: leave one of them out")
         return self
 
     @property
@@ -81,7 +84,8 @@ class PlanSet(JsonFile):
 
     def summary(self) -> str:
         """A line a plan, for a person."""
-        lines = [f"{len(self.plans)} plans for {self.plans[0].model.class_name}"]
+        count = len(self.plans)
+        lines = [f"{count} plan{'s' * (count > 1)} for {self.plans[0].model.class_name}"]
         for number, plan in enumerate(self.plans):
             size = plan.setting.get("latent_shape")
             quality = plan.predicted.psnr_median_db

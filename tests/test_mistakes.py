@@ -128,6 +128,7 @@ MISTAKES: list[tuple[int, str, str]] = [
     (USAGE, "compile stats.npz 2x", "--budget"),
     (USAGE, "merge stats.npz plan.json", "plan.json is a plan"),
     (USAGE, "bundle plan.json bundled.json", "is a set of plans"),
+    (FAILED, "bundle plan.json plan.json", "plans[1] is plans[0] again"),
     (USAGE, "explore plan.json", "plan.json is a plan"),
     (FAILED, "explore stats.npz --evaluation nowhere", "results.json"),
     (USAGE, "export stats.npz --cache-dit mask.json", "is statistics"),
