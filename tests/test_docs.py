@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -41,3 +42,19 @@ def test_one_thing_has_one_word(document: Path) -> None:
     for word, use in OTHER_WORDS.items():
         found = re.search(rf"\b{word}\b", text, re.I)
         assert found is None, f"{document}: {found and found[0]!r}; the word is {use}"
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## `([\w.]+)`\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+    listed = {name: re.findall(r"^\| `(\w+)` \|", part, re.M) for name, part in sections.items()}
+    for module in (
+        "layercache",
+        *(f"layercache.{n}" for n in ("calibration", "models", "runtime")),
+    ):
+        assert sorted(listed.pop(module)) == sorted(importlib.import_module(module).__all__)
+    (errors,) = listed.values()
+    found = vars(importlib.import_module("layercache.errors"))
+    assert sorted(errors) == sorted(name for name in found if name.endswith("Error"))
+    for place in re.findall(r"^\| `(layercache[\w.]+)\.(\w+)` \|", text, re.M):
+        assert callable(getattr(importlib.import_module(place[0]), place[1]))
