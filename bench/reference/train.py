@@ -9,8 +9,8 @@ Batch i is a function of (seed, i) alone, so that a run which is killed and resu
 data as one that is not.
 
 With `--drop-first RATE` each block of the first half is left out of a batch with that probability
-(LayerDrop, arXiv 1909.11556), which makes the others do without it: the model of
-`bench/models/dropped` is the reference model trained further in this way.
+(LayerDrop, arXiv 1909.11556), which makes the others do without it: a test bed on which layers can
+be cached (`bench/FINDINGS.md`).
 """
 
 from __future__ import annotations
