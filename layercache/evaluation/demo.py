@@ -69,7 +69,7 @@ def run_demo(
         out: Folder to write; made where it is missing.
         weights: Folder of another set of weights of the reference model.
         targets: Target speedups, as factors of transformer compute.
-        size: How much to do; the default takes less than three minutes on two cores.
+        size: How much to do; the default takes three to six minutes on two cores.
         log: Receives a line at the start of every stage.
         progress: Show progress bars on stderr.
     """
