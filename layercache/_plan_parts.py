@@ -83,8 +83,8 @@ class Budget(Frozen):
         """Read `Budget(...)` or one of the short forms, as numbers or as text.
 
         A share is `0.73` or `"73%"`, a speedup `"1.37x"` or any number above 1 (as text without a
-        unit up to 10), and a quality
-        `"40dB"` in the median or `"40dB@10%"` for all but a tenth of the prompts. 1 is everything.
+        unit up to 10), and a quality `"40dB"` in the median or `"40dB@10%"` for all but a tenth of
+        the prompts. 1 is everything.
 
         Raises:
             PlanError: The value is none of these.

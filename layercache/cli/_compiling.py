@@ -22,10 +22,7 @@ from layercache.stats import CalibrationStats
 BUDGET = "{budget}"
 
 
-def parse_budgets(
-    ctx: click.Context, param: click.Parameter, values: Sequence[str]
-) -> list[Budget]:
-    """Option callback: budgets, each once."""
+def _budgets(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[Budget]:
     try:
         return list(dict.fromkeys(Budget.parse(value) for value in values))
     except LayerCacheError as error:
@@ -60,6 +57,13 @@ def _pixels(
     return int(match[1]), int(match[2])
 
 
+def budgets_option(text: str) -> Callable[[Callable[..., Any]], Any]:
+    """Add `--budget`, each budget once; how many there may be the command says."""
+    return click.option(
+        "--budget", "budgets", callback=_budgets, multiple=True, required=True, help=text
+    )
+
+
 # One a field of `Options`, whose name it has.
 _ASKED = (
     click.option("--solver", type=click.Choice(SOLVERS), default="search", show_default=True),
@@ -92,14 +96,9 @@ def _asked_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("compile")
 @click.argument("stats_file", type=STATS_FILE)
-@click.option(
-    "--budget",
-    "budgets",
-    callback=parse_budgets,
-    multiple=True,
-    required=True,
-    help="A speedup (2x), a share of the compute (0.73, 73%) or a quality to keep: 40dB in the "
-    "median, 40dB@10% for all but a tenth of the prompts. Any number of times.",
+@budgets_option(
+    "A speedup (2x), a share of the compute (0.73, 73%) or a quality to keep: 40dB in the "
+    "median, 40dB@10% for all but a tenth of the prompts. Any number of times."
 )
 @click.option("--steps", type=STEPS, help="Compile for another number of steps.")
 @click.option(

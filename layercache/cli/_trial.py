@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from layercache.cli._compiling import parse_budgets
+from layercache.cli._compiling import budgets_option
 from layercache.cli._files import STATS_FILE
 from layercache.cli._model import Model, model_options
 from layercache.cli._options import (
@@ -25,14 +25,7 @@ from layercache.stats import CalibrationStats
 @click.command()
 @click.argument("stats_file", type=STATS_FILE)
 @model_options()
-@click.option(
-    "--budget",
-    "budgets",
-    callback=parse_budgets,
-    multiple=True,
-    required=True,
-    help="A speedup (2x) or a share of the compute (0.73, 73%).",
-)
+@budgets_option("A speedup (2x) or a share of the compute (0.73, 73%).")
 @prompts_option()
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map_only as tree_map_only
 
 NAMES = {
     "_begin_index": "diffusers' schedulers: the step at which a run starts",
@@ -29,7 +28,7 @@ NAMES = {
     "_orig_mod": "torch.compile: the module that was compiled",
     "_progress_bar_config": "diffusers' pipelines: the options of their progress bar",
     "_python_dispatch": "torch.utils: TorchDispatchMode",
-    "_pytree": "torch.utils: tree_leaves and tree_map_only",
+    "_pytree": "torch.utils: tree_leaves",
     "_step_index": "diffusers' schedulers: the step under way, None before the first",
     "_version": "torch.Tensor: how often it was changed in place",
 }

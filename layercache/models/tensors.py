@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layercache.models._foreign import tree_leaves, tree_map_only
-
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -20,12 +18,23 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         >>> map_tensors(lambda tensor: tensor.shape[0], {"a": [torch.ones(2), None]})
         {'a': [2, None]}
     """
-    return tree_map_only(Tensor, function, value)
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        items = {name: map_tensors(function, item) for name, item in value.items()}
+        # diffusers' outputs are dataclasses that are dictionaries too.
+        return items if type(value) is dict else type(value)(**items)
+    if isinstance(value, tuple | list):
+        values = [map_tensors(function, item) for item in value]
+        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
+    return value
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors of a value, in order."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
 
 
 def tensor_bytes(value: Any) -> int:

@@ -33,7 +33,7 @@ from layercache.models.stepping import (
     solver_of,
     tap_step,
 )
-from layercache.models.tensors import map_tensors
+from layercache.models.tensors import map_tensors, tensors_in
 from layercache.plan import Plan
 from layercache.runtime._groups import Branch
 from layercache.runtime._position import Position, compare_sigmas
@@ -135,7 +135,7 @@ class Session:
             self._loop = self.run.loops.innermost(self._left)
         record, clock, units = self._record, self._clock, self.units
         record.held(self.units.held_bytes)
-        device = shapes[0][-1] if shapes else _CPU
+        device = next((tensor.device for tensor in tensors_in([args, kwargs])), _CPU)
         # Other devices' clocks would have to wait for them.
         clock.device = device if device.type == "cuda" else _CPU
         start = clock.mark()

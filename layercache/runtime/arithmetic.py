@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layercache.models.tensors import finite, tensors_in
+from layercache.models.tensors import finite
 
 
 def affine(value: Tensor, earlier: Sequence[Tensor], taps: Sequence[float]) -> Tensor:
@@ -34,5 +34,15 @@ def add(stream: Tensor, residual: Tensor) -> Tensor:
 
 
 def signature(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Shape, dtype and device of every tensor among the arguments of a call."""
-    return tuple((t.shape, t.dtype, t.device) for t in tensors_in([args, kwargs]))
+    """Shape, dtype, device and place of every tensor among the arguments of a call."""
+    return tuple(_described(value) for value in (*args, *kwargs.values()) if value is not None)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((key, _described(item)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(_described(item) for item in value)
+    return None

@@ -20,7 +20,7 @@ from layercache._write import write_file
 from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats._difference import difference
 from layercache.stats._file import archive_bytes, read_archive
-from layercache.stats._validation import ARRAYS, SHARED, check_stats
+from layercache.stats._validation import ARRAYS, SHARED, check_stats, require_each
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -380,23 +380,14 @@ def _built(arrays: dict[str, Any], meta: dict[str, Any], path: str) -> Calibrati
         raise StatsError(f"{path}: its metadata is malformed ({error!r})") from error
     whole = {name: [fields[name]] for name in _WHOLE}
     for name, values in {**whole, "group_bytes": fields["group_bytes"]}.items():
-        _require_each(path, name, values, int)
-    _require_each(path, "model.block_lists", blocks, int)
+        require_each(path, name, values, int)
+    require_each(path, "model.block_lists", blocks, int)
     for name, values in {"model": names, "prompt_ids": fields["prompt_ids"]}.items():
-        _require_each(path, name, values, str)
-    _require_each(path, "component", [fields["component"]], str)
-    _require_each(path, "setting", [fields["setting"]], dict)
+        require_each(path, name, values, str)
+    require_each(path, "component", [fields["component"]], str)
+    require_each(path, "setting", [fields["setting"]], dict)
     for name in ("group_bytes", "prompt_ids"):
         fields[name] = tuple(fields[name])
     if meta:
         raise StatsError(f"{path}: unknown metadata {sorted(meta)}")
     return CalibrationStats(groups=groups, **arrays, **fields)
-
-
-def _require_each(path: str, name: str, values: Any, kind: type) -> None:
-    """Refuse what is no list of one JSON type, such as numbers written as text."""
-    if not isinstance(values, list) or any(type(value) is not kind for value in values):
-        raise StatsError(
-            f"{path}: its metadata is malformed ({name} is {str(values)[:80]}; each must be "
-            f"{kind.__name__})"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -142,3 +142,12 @@ def _check_groups(stats: CalibrationStats) -> None:
         if group.start < ends.get(group.block_list, 0):
             raise StatsError(f"group {group.name} overlaps or precedes a group before it")
         ends[group.block_list] = group.stop
+
+
+def require_each(path: str, name: str, values: Any, kind: type) -> None:
+    """Refuse what is no list of one JSON type, such as numbers written as text."""
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise StatsError(
+            f"{path}: its metadata is malformed ({name} is {str(values)[:80]}; each must be "
+            f"{kind.__name__})"
+        )
