@@ -2,7 +2,7 @@
 
 Guidance is whatever the pipeline makes of the transformer's outputs, and only the pipeline knows
 it. To price a replaced group in the *guided* output, the pipeline runs again once for every
-(group, lag), its transformer calls answered with what the replays of the recorded run gave.
+(groups, lag), its transformer calls answered with what the replays of the recorded run gave.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layercache.calibration._jobs import Jobs
+from layercache.calibration._jobs import Jobs, Replay
 from layercache.calibration._kept import Kept
 from layercache.calibration._pace import Pace, Tick
 from layercache.calibration._profile import image_gain
@@ -46,6 +46,8 @@ class Measured:
     velocities: NDArray[np.float32]
     latents: NDArray[np.float32]
     deltas: NDArray[np.float32]
+    responses: NDArray[np.float64]
+    response_sigmas: NDArray[np.float64]
     times_ms: NDArray[np.float64]
     image_gain: NDArray[np.float64]
     amplification: NDArray[np.float64]
@@ -78,22 +80,42 @@ class _Deltas:
             self.table: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
         else:
             self.table = np.zeros((prompts, len(jobs.scale_steps), jobs.groups), dtype=np.float32)
+        self.joint: dict[tuple[int, tuple[int, ...]], NDArray[np.float32]] = {}
 
-    def read(self, step: int, velocity: Tensor, group: int, lag: int) -> None:
-        """Note what the pipeline made of group `group` of `lag` steps ago at a step."""
-        run, jobs = self.run, self.jobs
-        if run.calls[step].component != self.component or (group, lag) not in jobs.at(step):
+    def read(self, step: int, velocity: Tensor, replay: Replay) -> None:
+        """Note what the pipeline made of a replay at a step."""
+        run, jobs, (groups, lag) = self.run, self.jobs, replay
+        if run.calls[step].component != self.component or replay not in jobs.at(step):
             return
         if self.segments[step - lag] != self.segments[step]:
             return
         delta = (velocity.float() - run.velocities[step].to(velocity).float()) * run.sign
         if isinstance(run.mask, Tensor):
             delta = delta * run.mask.to(delta)
-        if jobs.measures:
-            self.table[:, step, group, lag - 1] = self.sketch(delta).cpu().numpy()
+        if len(groups) > 1:
+            self.joint[step, groups] = self.sketch(delta).cpu().numpy()
+        elif jobs.measures:
+            self.table[:, step, groups[0], lag - 1] = self.sketch(delta).cpu().numpy()
         else:
-            row = self.table[:, jobs.scale_steps.index(step), group]
+            row = self.table[:, jobs.scale_steps.index(step), groups[0]]
             row[:] = delta.flatten(1).norm(dim=1).cpu().numpy()
+
+    def responses(self) -> NDArray[np.float64]:
+        """(B, K, G(G-1)/2, 3) what later groups answer to earlier ones, as in `CalibrationStats`.
+
+        Zero at steps of another component, and where a segment begins.
+        """
+        steps, couples = self.jobs.joint_steps, self.jobs.couples
+        found = np.zeros((len(self.table), len(steps), len(couples), 3))
+        for (step, groups), both in self.joint.items():
+            first, second = (self.table[:, step, group, 0].astype(np.float64) for group in groups)
+            answer = first + second - both
+            row = found[:, steps.index(step), couples.index((groups[0], groups[1]))]
+            for column, (left, right) in enumerate(
+                ((answer, first), (answer, answer), (first, first))
+            ):
+                row[:, column] = np.einsum("bs,bs->b", left, right)
+        return found
 
 
 def collect(
@@ -177,6 +199,8 @@ def collect(
             velocities=velocities,
             latents=latents,
             deltas=tables[name][:, run.first],
+            responses=deltas[name].responses(),
+            response_sigmas=np.array([run.levels[step] for step in jobs.joint_steps]),
             times_ms=np.tile(_times(run, performers, name), (size, 1)),
             image_gain=gain,
             amplification=amplification,
@@ -217,13 +241,13 @@ def _read_deltas(
     tables: Sequence[_Deltas],
     read_one: Callable[[], None],
 ) -> None:
-    for group, lag in jobs.pairs:
+    for replay in jobs.replays:
 
-        def read(step: int, velocity: Tensor, group: int = group, lag: int = lag) -> None:
+        def read(step: int, velocity: Tensor, replay: Replay = replay) -> None:
             for table in tables:
-                table.read(step, velocity, group, lag)
+                table.read(step, velocity, replay)
 
-        stage.play(batch, Reenactment(run, on_velocity=read, replay=(group, lag)), others)
+        stage.play(batch, Reenactment(run, on_velocity=read, replay=replay), others)
         read_one()
 
 

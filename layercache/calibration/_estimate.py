@@ -146,7 +146,7 @@ def estimate_run(
             recorded[index] += ratio * float(row.sum()) * _replayed_forwards(jobs, index, row)
     computed = float(recorded.sum() + sum(again[step + 1 :].sum() for step in reruns))
     outside = float(np.mean([row[-1] for row in warm.values()]))
-    loops = (3 + len(reruns) + len(jobs.pairs)) * jobs.steps
+    loops = (3 + len(reruns) + len(jobs.replays)) * jobs.steps
     each = computed + loops * outside + 2 * trial.fixed_seconds
     size = min(sketch_size, run.velocities[0][0].numel())
     sketch = jobs.steps * (2 + jobs.groups * jobs.lags) * size * 4
@@ -170,13 +170,13 @@ def estimate_run(
 
 
 def _replayed_forwards(jobs: Jobs, step: int, seconds: NDArray[np.float64]) -> float:
-    """Replays at a step, in forwards: group g's runs the rest and the groups after it."""
+    """Replays at a step, in forwards: one runs the rest, and the groups after its first."""
     groups, rest, whole = seconds[:-1], float(seconds[-1]), float(seconds.sum())
-    after = np.cumsum(groups[::-1])[::-1] - groups + rest
-    counts = np.zeros(jobs.groups)
-    for group, _ in jobs.at(step):
-        counts[group] += 1
-    return float(counts @ after) / max(whole, 1e-12)
+    took = 0.0
+    for replaced, _ in jobs.at(step):
+        after = [seconds for g, seconds in enumerate(groups) if g > min(replaced)]
+        took += rest + sum(after) - sum(groups[list(replaced[1:])])
+    return took / max(whole, 1e-12)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from layercache.calibration._jobs import Replay
 from layercache.models.tensors import map_tensors, tensor_bytes, tensors_in
 
-Key = tuple[int, int, tuple[int, int] | None]
-"""(step, number of the call within it, (group, lag) of a replay or None for the call itself)."""
+Key = tuple[int, int, Replay | None]
+"""(step, number of the call within it, the replay or None for the call itself)."""
 
 
 class Kept:

@@ -262,17 +262,19 @@ class Recorder:
         """A call was recorded; for subclasses."""
 
     def _replay(self, jobs: Jobs, performer: ReplayableTransformer, call: RecordedCall) -> None:
-        wanted = jobs.at(call.step)
-        for group in range(jobs.groups):
-            lags = performer.available(call, group, [lag for g, lag in wanted if g == group])
+        wanted: dict[tuple[int, ...], list[int]] = {}
+        for groups, lag in jobs.at(call.step):
+            wanted.setdefault(groups, []).append(lag)
+        for groups, asked in wanted.items():
+            lags = performer.available(call, groups, asked)
             together = min(len(lags), self.lags_together)
             if together > 1 and self.batched is None:
                 self.batched = performer.batches_repeat(call)
             size = together if self.batched else 1
             for start in range(0, len(lags), max(size, 1)):
                 chunk = lags[start : start + size]
-                for lag, output in zip(chunk, performer.replay(call, group, chunk), strict=True):
-                    self.run.kept.put((call.step, call.number, (group, lag)), output)
+                for lag, output in zip(chunk, performer.replay(call, groups, chunk), strict=True):
+                    self.run.kept.put((call.step, call.number, (groups, lag)), output)
 
     def _sampled(self, at: At, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = tensors_in([args, kwargs])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layercache.calibration._jobs import Replay
 from layercache.calibration._record import Run
 from layercache.calibration._stage import At, Move, Others, Over, Stage
 from layercache.calibration.prompts import Batch
@@ -20,8 +21,6 @@ from layercache.errors import StatsError
 from layercache.models.gates import Call
 from layercache.models.tensors import tensors_in
 
-Replay = tuple[int, int]
-"""(group, lag)"""
 _TOLERANCE = 1e-2
 """Kernels may sum in another order from one call to the next."""
 OnVelocity = Callable[[int, Tensor], None]

@@ -3,7 +3,8 @@
 While attached, gates stand on every grouped block. A *recorded* call runs as it is, and every
 group's output streams and residual are noted. A *replay* of it returns what was recorded for the
 groups before g, adds a residual of an earlier step to the input of group g, and computes the groups
-after g; replays of several lags run as one larger batch.
+after g, but for those that are replaced along with it; replays of several lags run as one larger
+batch.
 
 A group is, in each call, the blocks of it that the model calls there: skip-layer guidance leaves
 some out. Residuals of the current step and of the `lags` steps before it are held, and outputs of
@@ -101,7 +102,7 @@ class ReplayableTransformer:
         self.times = StepTimes(Clock(self.device), len(groups))
         self._lists = [adapter.block_list(group.block_list) for group in groups]
         self._parts: tuple[_Part, ...] | None = None
-        self._replay: tuple[RecordedCall, int, list[Streams], int] | None = None
+        self._replay: tuple[RecordedCall, dict[int, list[Streams]], int] | None = None
         # By call number and group: the residuals of recent steps.
         self._history: dict[tuple[int, int], dict[int, Streams]] = {}
         self._shapes: dict[tuple[int, int], Shape] = {}
@@ -161,11 +162,12 @@ class ReplayableTransformer:
         kwargs: dict[str, Any],
     ) -> Any:
         assert self._replay is not None
-        call, target, residuals, count = self._replay
-        if index > target:
+        call, residuals, count = self._replay
+        first = min(residuals)
+        if index > first and index not in residuals:
             return inner(*args, **kwargs)
         positions = call.parts[index].positions
-        if index < target and position == positions[-1]:
+        if index < first and position == positions[-1]:
             # The last block, since what the model adds between two blocks is in this already.
             recorded = call.parts[index].outputs
             return write_outputs(
@@ -173,13 +175,13 @@ class ReplayableTransformer:
                 {name: _repeat(tensor.to(self.device), count) for name, tensor in recorded.items()},
             )
         streams = read_streams(block_list, block, args, kwargs)
-        if index == target and position == positions[0]:
+        if index in residuals and position == positions[0]:
+            own = residuals[index]
             streams = {
                 name: finite(
-                    streams[name]
-                    + torch.cat([residual[name].to(self.device) for residual in residuals])
+                    streams[name] + torch.cat([residual[name].to(self.device) for residual in own])
                 )
-                for name in residuals[0]
+                for name in own[0]
             }
         return write_outputs(block_list, streams)
 
@@ -230,17 +232,22 @@ class ReplayableTransformer:
     def _away(self, streams: Streams) -> Streams:
         return {n: t.cpu() for n, t in streams.items()} if self._moves else streams
 
-    def replay(self, call: RecordedCall, group: int, lags: Sequence[int]) -> list[Any]:
-        """The call's output with one group predicted from each of `lags` steps ago.
+    def replay(
+        self, call: RecordedCall, groups: Sequence[int], lags: Sequence[int]
+    ) -> list[Any]:
+        """The call's output with some groups predicted from each of `lags` steps ago.
 
         Several lags run as one batch. Returns one output a lag, of the model's own type.
         """
-        if not call.parts[group].positions:
-            return [call.output] * len(lags)  # this call leaves the group out
-        history = self._history[call.number, group]
-        residuals = [history[call.step - lag] for lag in lags]
+        residuals = {
+            group: [self._history[call.number, group][call.step - lag] for lag in lags]
+            for group in groups
+            if call.parts[group].positions
+        }
+        if not residuals:
+            return [call.output] * len(lags)  # this call leaves the groups out
         size, count = _first_tensor(call.output).shape[0], len(lags)
-        self._replay = (call, group, residuals, count)
+        self._replay = (call, residuals, count)
         try:
             output = call.inner(
                 *_repeat_batch(call.args, size, count), **_repeat_batch(call.kwargs, size, count)
@@ -252,10 +259,12 @@ class ReplayableTransformer:
         rows = [slice(at * size, (at + 1) * size) for at in range(count)]
         return [map_tensors(operator.itemgetter(row), output) for row in rows]
 
-    def available(self, call: RecordedCall, group: int, lags: Sequence[int]) -> list[int]:
-        """Those of `lags` at which this call's residual of the group is held."""
-        history = self._history[call.number, group]
-        return [lag for lag in lags if call.step - lag in history]
+    def available(
+        self, call: RecordedCall, groups: Sequence[int], lags: Sequence[int]
+    ) -> list[int]:
+        """Those of `lags` at which this call's residuals of the groups are held."""
+        histories = [self._history[call.number, group] for group in groups]
+        return [lag for lag in lags if all(call.step - lag in history for history in histories)]
 
     def batches_repeat(self, call: RecordedCall, tolerance: float = 1e-2) -> bool:
         """Whether a batch repeated twice gives the recorded output twice, so that lags can batch.

@@ -171,6 +171,8 @@ class Session:
             velocities=measured.velocities[order],
             latents=measured.latents[order],
             deltas=measured.deltas[order],
+            responses=measured.responses[order],
+            response_sigmas=measured.response_sigmas,
             times_ms=measured.times_ms[order],
             image_gain=measured.image_gain[order],
             amplification=measured.amplification[order],

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,6 +40,11 @@ class Cell:
     published: bool
     delta: FloatArray
     size: FloatArray
+
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """c_k: of the residual of each step read, the anchor first; they sum to 1."""
+        return (1 + sum(self.taps), *(-tap for tap in self.taps))
 
 
 class GroupCells:

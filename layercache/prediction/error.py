@@ -44,12 +44,13 @@ Statistics of mode `"residual"` know no directions between groups: delta_t is 0 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from layercache.prediction._cells import Cell, GroupCells
+from layercache.prediction._responses import Responses
 from layercache.prediction._vectors import fold, short
 from layercache.prediction.ridge import DECIMALS, LeastSquares, quick_fit
 from layercache.solver.problem import BoolArray
@@ -115,13 +116,15 @@ class _Passed:
 class _State:
     """On arriving at a step: S (2, P, N) and D (2, P), growth along and turned.
 
-    With the computed steps before, and the last taps.
+    With the computed steps before, the last taps, and x (G, P, N) of those steps before at which
+    groups were cached and that a residual may yet be read of.
     """
 
     error: FloatArray
     drift: FloatArray
     passed: _Passed
     taps: tuple[float, ...] = ()
+    changes: Mapping[int, FloatArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +203,8 @@ class ErrorModel:
         self.velocities = np.ascontiguousarray(velocities.swapaxes(0, 1))
         self.latents = np.ascontiguousarray(latents.swapaxes(0, 1))
         self.groups = None if deltas is None else GroupCells(stats, deltas, predictor, quick)
+        measured = self.groups is not None and self.joint and len(stats.response_sigmas) > 0
+        self.responses = Responses(stats) if measured else None
         self._velocities: dict[tuple[int, Cells], tuple[FloatArray, FloatArray]] = {}
         empty = np.zeros((0, *self.velocities.shape[1:]))
         both = np.stack([empty, empty], axis=1)
@@ -293,8 +298,20 @@ class ErrorModel:
         del self._trails[_TRAILS:]
         return trail
 
-    def _velocity(self, start: int, cells: Cells) -> tuple[FloatArray, FloatArray]:
-        """U (P, N) of a computed step, and I (P,)."""
+    def _velocity(
+        self, start: int, cells: Cells, before: Mapping[int, FloatArray]
+    ) -> tuple[FloatArray, FloatArray, Mapping[int, FloatArray]]:
+        """U (P, N) of a computed step, I (P,), and x of the steps that can still be read."""
+        if self.responses is None or not cells:
+            return *self._alone(start, cells), before
+        assert self.groups is not None
+        found = [(g, sources, self.groups.cell(start, g, sources)) for g, sources in cells]
+        changes, unsure = self.responses.changes(start, found, before)
+        kept = {s: x for s, x in before.items() if s >= start - self.groups.max_lag}
+        return self.velocities[start] + changes.sum(axis=0), unsure, {**kept, start: changes}
+
+    def _alone(self, start: int, cells: Cells) -> tuple[FloatArray, FloatArray]:
+        """The same where responses were not measured."""
         key = start, cells
         if key not in self._velocities:
             velocity, prompts = self.velocities[start], self.velocities.shape[1]
@@ -314,7 +331,7 @@ class ErrorModel:
         start, stop = stretch.start, stretch.stop
         length = self.sigmas[stop] - self.sigmas[start]
         grown = self.growth[start] / self.growth[stop]
-        velocity, unsure = self._velocity(start, stretch.cells)
+        velocity, unsure, changes = self._velocity(start, stretch.cells, state.changes)
         own = length * velocity
         if stretch.moved:
             own -= self.latents[stop] - self.latents[start]
@@ -330,7 +347,7 @@ class ErrorModel:
             passed = earlier.and_then(start, velocity, unsure, state, self.depth)
         count = len(earlier.velocities)
         if not stretch.moved or not count or self.predictor == "reuse":
-            return _State(error, drift + length**2 * unsure, passed)
+            return _State(error, drift + length**2 * unsure, passed, changes=changes)
         moves = velocity - earlier.velocities
         moves *= length
         prior: FloatArray = np.zeros(count)
@@ -346,7 +363,7 @@ class ErrorModel:
         apart += earlier.unsure[:, None]
         doubt = (taps**2 @ apart.reshape(count, -1)).reshape(drift.shape)
         drift += length**2 * ((1 + taps.sum()) ** 2 * unsure + doubt)
-        return _State(error, drift, passed, tuple(taps.tolist()) if taps.any() else ())
+        return _State(error, drift, passed, tuple(taps.tolist()) if taps.any() else (), changes)
 
     def _prior(self, stretch: Stretch, before: int) -> float:
         """The published predictor's tap: the mean of its predictions over the stretch."""

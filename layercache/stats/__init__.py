@@ -33,8 +33,8 @@ __all__ = [
 
 FloatArray = NDArray[np.floating[Any]]
 
-SCHEMA_VERSION = 3
-"""Versions 1 and 2 were drafts that no release wrote."""
+SCHEMA_VERSION = 4
+"""Versions 1 to 3 were drafts that no release wrote."""
 _WHOLE = ("branches", "velocity_bytes", "output_bytes", "numel", "probes", "passes", "sketch_seed")
 
 
@@ -82,6 +82,11 @@ class CalibrationStats:
         latents: (P, T+1, S) float32, sketches of the latents that the scheduler received, and
             of the last one that it made. If not given, those of Euler's method, from z_0 = 0.
         deltas: (P, T, G, M, S) float32, sketches of D; zero where t - lag < 0.
+        responses: (P, K, G(G-1)/2, 3) float64, what a later group answers to an earlier one, at K
+            steps and for every two groups h < g: with D_hg the change when both add their residuals
+            of one step ago, the response is R = D_h + D_g - D_hg, and the numbers are <R, D_h>,
+            ||R||^2 and ||D_h||^2. K is 0 where it was not measured.
+        response_sigmas: (K,) the noise levels of those steps.
         loads: (T, G+1) float64, how much each group, then the rest of the transformer, has to do at
             each step: a share of the fullest step, counted in elements of its inputs. Less than 1
             where calls are missing (guidance that sets in late, skipped layers), 0 at steps that
@@ -137,6 +142,8 @@ class CalibrationStats:
     latents: FloatArray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     loads: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
     segments: FloatArray = field(default_factory=lambda: np.zeros(0))
+    responses: FloatArray = field(default_factory=lambda: np.zeros((0, 0, 0, 0)))
+    response_sigmas: FloatArray = field(default_factory=lambda: np.zeros(0))
     component: str = "transformer"
     mode: str = "replay"
     probes: int = 0
@@ -153,6 +160,11 @@ class CalibrationStats:
             object.__setattr__(self, "segments", np.zeros(steps))
         if self.latents.size == 0:
             object.__setattr__(self, "latents", euler_latents(self.sigmas, self.velocities))
+        if self.responses.size == 0:
+            count = len(self.groups)
+            none = np.zeros((len(self.velocities), 0, count * (count - 1) // 2, 3))
+            object.__setattr__(self, "responses", none)
+            object.__setattr__(self, "response_sigmas", np.zeros(0))
         check_stats(self)
         for name in ARRAYS:
             getattr(self, name).setflags(write=False)

@@ -22,9 +22,11 @@ ARRAYS = (
     "times_ms",
     "image_gain",
     "amplification",
+    "responses",
+    "response_sigmas",
 )
 """The arrays of `CalibrationStats`."""
-SHARED = ("sigmas", "loads", "segments")
+SHARED = ("sigmas", "loads", "segments", "response_sigmas")
 """Those that all prompts share."""
 _MODES = ("replay", "residual")
 _MOST = 1e12
@@ -71,6 +73,8 @@ def _check_shapes(stats: CalibrationStats) -> None:
         "times_ms": (prompts, groups + 2),
         "image_gain": (prompts,),
         "amplification": (prompts, steps),
+        "responses": (prompts, stats.response_sigmas.size, groups * (groups - 1) // 2, 3),
+        "response_sigmas": (stats.response_sigmas.size,),
     }
     for name, shape in expected.items():
         array = getattr(stats, name)
@@ -123,6 +127,10 @@ def _check_values(stats: CalibrationStats) -> None:
     for name in ("image_gain", "amplification"):
         if (getattr(stats, name) < 1 / _MOST).any():
             raise StatsError(f"{name} is {getattr(stats, name).min():.3g}; it must be positive")
+    if (stats.responses[..., 1:] < 0).any():
+        raise StatsError("responses holds a squared norm below 0; the file is malformed")
+    if (np.diff(stats.response_sigmas) >= 0).any():
+        raise StatsError("response_sigmas must fall strictly; the file is malformed")
     if (stats.loads < 0).any() or (stats.loads > 1).any() or not (stats.loads == 1).any():
         raise StatsError("loads are shares of the fullest step: from 0 to 1, and 1 somewhere")
     if stats.segments[0] != 0 or not np.isin(np.diff(stats.segments), (0, 1)).all():
