@@ -243,16 +243,68 @@ def _growth(stats: CalibrationStats) -> list[float]:
     return [*found[::-1], found[0]]
 
 
-def _delta(stats: CalibrationStats, row: _Row, step: int, prompt: int) -> FloatArray:
-    """(S,) what a cached cell of a group moves the velocity by: c D added up, the c being 1."""
+def _shares(row: _Row, step: int) -> dict[int, float]:
+    """The c of a cached cell of a group, by the step whose residual it is of; they add up to 1."""
     anchor, reads = row.anchor[step], row.reads[step]
     assert anchor is not None
-    shares = {anchor: 1 + sum(reads.values())} | {source: -b for source, b in reads.items()}
+    return {anchor: 1 + sum(reads.values())} | {source: -b for source, b in reads.items()}
+
+
+def _delta(stats: CalibrationStats, row: _Row, step: int, prompt: int) -> FloatArray:
+    """(S,) what a cached cell of a group moves the velocity by, alone: c D added up."""
     measured = stats.deltas[prompt, step, row.group]
     total: FloatArray = np.zeros(measured.shape[1])
-    for source, share in shares.items():
+    for source, share in _shares(row, step).items():
         total = total + share * measured[step - source - 1].astype(np.float64)
     return total
+
+
+def _answer(stats: CalibrationStats, earlier: int, later: int, sigma: float) -> tuple[float, float]:
+    """How much of a group's change a later group answers along it, and squared, across it."""
+    couple = [(h, g) for h in range(stats.num_groups) for g in range(h + 1, stats.num_groups)]
+    known, along, across = [], [], []
+    for k, level in enumerate(stats.response_sigmas):
+        inner, answer, change = stats.responses[:, k, couple.index((earlier, later))].sum(axis=0)
+        if change > 0:
+            known.append(-float(level))
+            along.append(inner / change)
+            across.append(max(answer / change - (inner / change) ** 2, 0.0))
+    if not known:
+        return 0.0, 0.0
+    return float(np.interp(-sigma, known, along)), float(np.interp(-sigma, known, across))
+
+
+def _changes(
+    stats: CalibrationStats,
+    cached: Sequence[_Row],
+    step: int,
+    prompt: int,
+    before: dict[tuple[int, int], FloatArray],
+) -> tuple[FloatArray, float]:
+    """What the groups that are cached at a step move its velocity by together, and the variance.
+
+    `before` has what each did at earlier steps, and gets what it does here.
+    """
+    deltas = [_delta(stats, row, step, prompt) for row in cached]
+    total: FloatArray = np.sum(deltas, axis=0)
+    sizes = [float(np.sqrt(delta @ delta)) for delta in deltas]
+    if stats.mode != "replay":
+        return 0 * total, sum(sizes) ** 2
+    if not len(stats.response_sigmas):
+        return total, sum(sizes) ** 2 - sum(size**2 for size in sizes)
+    nothing, variance = 0 * total, 0.0
+    for row, delta in zip(cached, deltas, strict=True):
+        assert row.group is not None
+        moved = delta
+        for earlier in range(row.group):
+            apart = -before.get((step, earlier), nothing)
+            for source, share in _shares(row, step).items():
+                apart = apart + share * before.get((source, earlier), nothing)
+            along, across = _answer(stats, earlier, row.group, float(stats.sigmas[step]))
+            moved = moved + along * apart
+            variance += across * float(apart @ apart)
+        before[step, row.group] = moved
+    return np.sum([before[step, row.group] for row in cached if row.group is not None], 0), variance
 
 
 def _is_euler(stats: CalibrationStats) -> bool:
@@ -287,16 +339,14 @@ def _final_error(
     drift, moved = 0.0, stats.passes > 1
     used: dict[int, FloatArray] = {}
     unsure: dict[int, float] = {}
+    changed: dict[tuple[int, int], FloatArray] = {}
     arrived: dict[int, tuple[FloatArray, float]] = {}
     for start, stop in zip(runs, [*runs[1:], steps], strict=True):
         cached = [row for row in rows[1:] if row.cached[start]]
-        deltas = [_delta(stats, row, start, prompt) for row in cached]
-        sizes = [float(np.sqrt(delta @ delta)) for delta in deltas]
-        if stats.mode == "replay":
-            used[start] = velocity[start] + sum(deltas)
-            unsure[start] = sum(sizes) ** 2 - sum(size**2 for size in sizes)
-        else:
-            used[start], unsure[start] = velocity[start], sum(sizes) ** 2
+        used[start], unsure[start] = velocity[start], 0.0
+        if cached:
+            change, unsure[start] = _changes(stats, cached, start, prompt, changed)
+            used[start] = velocity[start] + change
         arrived[start] = error, drift
         length, grown = sigma[stop] - sigma[start], growth[start] / growth[stop]
         moved = moved or stop > start + 1 or (euler and bool(cached))
