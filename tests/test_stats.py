@@ -129,7 +129,7 @@ def nan(members: Any, meta: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m, meta: meta.update(schema_version=4), r"schema version 4.*upgrade"),
+        (lambda m, meta: meta.update(schema_version=5), r"schema version 5.*upgrade"),
         (lambda m, meta: meta.pop("schema_version"), "schema version None"),
         (lambda m, meta: meta.update(surprise=1), "unknown metadata.*surprise"),
         (lambda m, meta: meta.pop("numel"), "metadata is malformed"),
@@ -152,6 +152,15 @@ def nan(members: Any, meta: Any) -> None:
         (lambda m, meta: meta["groups"][0].update(block_list=7), "metadata is malformed"),
         (lambda m, meta: meta["groups"][1].update(start=1), r"blocks\[1:4\] overlaps or precedes"),
         (lambda m, meta: m.update(deltas=np.zeros((2, 5, 2, 0, 8))), "lags=0"),
+        (lambda m, meta: m.update(response_sigmas=np.full(2, 0.5)), "responses has shape"),
+        (
+            lambda m, meta: m.update(responses=-np.ones((2, 1, 1, 3)), response_sigmas=np.ones(1)),
+            "squared norm below 0",
+        ),
+        (
+            lambda m, meta: m.update(responses=np.ones((2, 2, 1, 3)), response_sigmas=np.ones(2)),
+            "response_sigmas must fall",
+        ),
         (lambda m, meta: m.update(times_ms=np.zeros((2, 4))), "times_ms is 0 throughout"),
         (lambda m, meta: meta.update(mode="guess"), "mode is 'guess'"),
         (lambda m, meta: meta.update(mode=["replay"]), "mode is"),

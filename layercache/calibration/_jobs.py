@@ -76,8 +76,8 @@ class Jobs:
     def _spaced(self, count: int) -> tuple[int, ...]:
         last = self.steps - 1
         count = min(count, last)
-        spaced = (1 + i * (last - 1) / max(count - 1, 1) for i in range(count))
-        return tuple(round(step) for step in spaced)
+        shares = (i / (count - 1) if count > 1 else 0.5 for i in range(count))
+        return tuple(round(1 + share * (last - 1)) for share in shares)
 
     def at(self, step: int) -> tuple[Replay, ...]:
         """The replays of one step, by groups; none at step 0, which has no history."""

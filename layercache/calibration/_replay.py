@@ -232,9 +232,7 @@ class ReplayableTransformer:
     def _away(self, streams: Streams) -> Streams:
         return {n: t.cpu() for n, t in streams.items()} if self._moves else streams
 
-    def replay(
-        self, call: RecordedCall, groups: Sequence[int], lags: Sequence[int]
-    ) -> list[Any]:
+    def replay(self, call: RecordedCall, groups: Sequence[int], lags: Sequence[int]) -> list[Any]:
         """The call's output with some groups predicted from each of `lags` steps ago.
 
         Several lags run as one batch. Returns one output a lag, of the model's own type.

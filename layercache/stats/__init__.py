@@ -160,11 +160,10 @@ class CalibrationStats:
             object.__setattr__(self, "segments", np.zeros(steps))
         if self.latents.size == 0:
             object.__setattr__(self, "latents", euler_latents(self.sigmas, self.velocities))
-        if self.responses.size == 0:
+        if self.responses.size == self.response_sigmas.size == 0:
             count = len(self.groups)
             none = np.zeros((len(self.velocities), 0, count * (count - 1) // 2, 3))
             object.__setattr__(self, "responses", none)
-            object.__setattr__(self, "response_sigmas", np.zeros(0))
         check_stats(self)
         for name in ARRAYS:
             getattr(self, name).setflags(write=False)

@@ -64,7 +64,7 @@ class ByHand:
         self.sigmas = pipe.scheduler.sigmas
 
     def branch(
-        self, z: Tensor, sigma: Tensor, which: int, replaced: tuple[int, Any] | None
+        self, z: Tensor, sigma: Tensor, which: int, replaced: dict[int, Any]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         model, embeds = self.model, self.embeds[which]
         hidden, text = model.img_in(z), model.txt_in(model.txt_norm(embeds))
@@ -75,8 +75,8 @@ class ByHand:
         size = len(blocks) // GROUPS
         for group in range(GROUPS):
             before = (hidden, text)
-            if replaced is not None and group == replaced[0]:
-                hidden, text = hidden + replaced[1][0], text + replaced[1][1]
+            if group in replaced:
+                hidden, text = hidden + replaced[group][0], text + replaced[group][1]
             else:
                 for block in blocks[group * size : (group + 1) * size]:
                     text, hidden = block(hidden, text, None, temb, rope)
@@ -84,11 +84,11 @@ class ByHand:
         return model.proj_out(model.norm_out(hidden, temb)), residuals
 
     def guided(
-        self, z: Tensor, sigma: Tensor, replaced: tuple[int, Any] | None = None
+        self, z: Tensor, sigma: Tensor, replaced: dict[int, Any] | None = None
     ) -> tuple[Tensor, list[Any]]:
         outputs, residuals = [], []
         for which in (0, 1):
-            own = None if replaced is None else (replaced[0], replaced[1][which])
+            own = {group: past[which] for group, past in (replaced or {}).items()}
             output, parts = self.branch(z, sigma, which, own)
             outputs.append(output)
             residuals.append(parts)
@@ -98,21 +98,25 @@ class ByHand:
         return combined * norm, residuals
 
     @torch.no_grad()
-    def run(self) -> tuple[np.ndarray, np.ndarray]:
+    def run(self) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """Velocities, deltas of one group, and of both at lag 1 by step."""
         z = self.latents
-        velocities, history = [], []
+        velocities, history, joint = [], [], [np.zeros(z.numel())]
         deltas = np.zeros((STEPS, GROUPS, LAGS, z.numel()))
         for t in range(STEPS):
             velocity, residuals = self.guided(z, self.sigmas[t])
-            for group in range(GROUPS):
-                for lag in range(1, min(LAGS, t) + 1):
-                    past = [history[t - lag][which][group] for which in (0, 1)]
-                    other, _ = self.guided(z, self.sigmas[t], (group, past))
+            for lag in range(1, min(LAGS, t) + 1):
+                past = {g: [history[t - lag][w][g] for w in (0, 1)] for g in range(GROUPS)}
+                for group in range(GROUPS):
+                    other, _ = self.guided(z, self.sigmas[t], {group: past[group]})
                     deltas[t, group, lag - 1] = (other - velocity).flatten().numpy()
+                if lag == 1:
+                    other, _ = self.guided(z, self.sigmas[t], past)
+                    joint.append((other - velocity).flatten().numpy())
             velocities.append(velocity.flatten().numpy())
             history.append(residuals)
             z = z + (self.sigmas[t + 1] - self.sigmas[t]) * velocity
-        return np.stack(velocities), deltas
+        return np.stack(velocities), deltas, joint
 
 
 def test_velocities_and_deltas_are_those_of_a_loop_by_hand() -> None:
@@ -120,11 +124,18 @@ def test_velocities_and_deltas_are_those_of_a_loop_by_hand() -> None:
     stats = measure(pipe)
     for prompt in PROMPTS:
         row = stats.prompt_ids.index(prompt_id(prompt, 0))
-        velocities, deltas = ByHand(tiny_pipeline(), prompt).run()
+        velocities, deltas, joint = ByHand(tiny_pipeline(), prompt).run()
         np.testing.assert_allclose(stats.velocities[row], velocities, atol=2e-4, rtol=1e-3)
         scale = np.abs(deltas).max()
         assert scale > 1e-3
         np.testing.assert_allclose(stats.deltas[row], deltas, atol=1e-3 * scale)
+        steps = [list(stats.sigmas).index(sigma) for sigma in stats.response_sigmas]
+        assert len(steps) >= 2
+        for found, step in zip(stats.responses[row], steps, strict=True):
+            first, second = deltas[step, :, 0]
+            answer = first + second - joint[step]
+            expected = [answer @ first, answer @ answer, first @ first]
+            np.testing.assert_allclose(found[0], expected, atol=1e-2 * (first @ first))
 
 
 def test_batched_prompts_give_the_statistics_of_single_ones() -> None:

@@ -150,11 +150,25 @@ def test_costs_are_counted_in_full_generations() -> None:
 
 def test_a_replay_costs_the_groups_behind_it() -> None:
     jobs = Jobs("replay", steps=4, groups=3, lags=2)
-    # Lags 1, 2, 2 at the three steps with a history: five replays a group.
+    # Lags 1, 2, 2 at the three steps with a history: five replays a group, and at one step of every
+    # two, which leave out the second.
     seconds = np.array([3.0, 2.0, 1.0, 4.0])
-    expected = 5 * ((2 + 1 + 4) + (1 + 4) + 4) / 10
+    expected = (5 * ((2 + 1 + 4) + (1 + 4) + 4) + (1 + 4) + (2 + 4) + 4) / 10
+    assert jobs.joint_steps == (2,)
     found = sum(_replayed_forwards(jobs, step, seconds) for step in range(4))
     assert found == pytest.approx(expected)
+
+
+def test_two_groups_at_a_time_are_few_of_the_replays() -> None:
+    assert Jobs("replay", 50, 4, 8).joint_steps == (1, 13, 25, 37, 49)
+    assert Jobs("replay", 50, 1, 8).joint_steps == Jobs("residual", 50, 4, 8).joint_steps == ()
+    for groups in (2, 5, 16, 60, 200):
+        for steps in (1, 2, 3, 9, 50):
+            jobs = Jobs("replay", steps, groups, 4)
+            replays = [replay for step in range(steps) for replay in jobs.at(step)]
+            joint = [groups for groups, _ in replays if len(groups) == 2]
+            assert len(joint) <= (len(replays) - len(joint)) / 4
+            assert len(joint) == len(jobs.couples) * len(jobs.joint_steps)
 
 
 def test_times_split_a_step_into_groups_rest_and_outside() -> None:
@@ -212,8 +226,8 @@ def test_at_most_the_current_step_and_as_many_as_lags_are_held() -> None:
             outputs = held[0] - residual
             expected = [outputs + residual * min(n + 1, lags + 1) for n in range(8)]
             assert held == expected
-            assert replayable.available(call, 1, [1, 2, 3, 4]) == [1, 2, 3]
-            exact = replayable.replay(call, 1, [1])[0][0]
+            assert replayable.available(call, (1,), [1, 2, 3, 4]) == [1, 2, 3]
+            exact = replayable.replay(call, (1,), [1])[0][0]
             assert exact.shape == (1, 64, 48)
             replayable.clear()
             assert replayable.residual_bytes(7, 0) == 0

@@ -40,6 +40,10 @@ def random_stats(
         [rng.uniform(2, 3, (prompts, groups)), np.full((prompts, 1), 0.5), np.ones((prompts, 1))],
         axis=1,
     )
+    # Beyond what there is to answer: deltas above are sums, in which no group answers to another.
+    change = rng.uniform(0.5, 1.0, (prompts, 3, groups * (groups - 1) // 2))
+    along, across = rng.uniform(-0.1, 0.5, change.shape), rng.uniform(0.05, 0.2, change.shape)
+    responses = np.stack([along * change, (along**2 + across) * change, change], axis=-1)
     fields: dict[str, Any] = dict(
         sigmas=sigmas,
         groups=tuple(
@@ -48,6 +52,8 @@ def random_stats(
         branches=2,
         velocities=velocities.astype(np.float32),
         deltas=deltas.astype(np.float32),
+        responses=responses,
+        response_sigmas=sigmas[[1, steps // 2, steps - 1]],
         times_ms=times,
         image_gain=rng.uniform(0.2, 0.3, prompts),
         amplification=np.exp(rng.uniform(-0.3, 0.7, (prompts, steps))),

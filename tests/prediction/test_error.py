@@ -15,6 +15,11 @@ from tests.prediction.oracle import polynomial_stats, random_table
 from tests.prediction.strategies import random_stats
 
 
+def unmeasured(stats: CalibrationStats) -> CalibrationStats:
+    """Without responses."""
+    return replace(stats, responses=np.zeros(0), response_sigmas=np.zeros(0))
+
+
 def skipping(stats: CalibrationStats, run: list[int]) -> np.ndarray:
     """(T, 1+G) everything computed at some steps."""
     mask = np.isin(np.arange(stats.num_steps), run)
@@ -83,8 +88,8 @@ def test_a_cached_group_moves_the_velocity_by_its_delta() -> None:
 
 
 def test_groups_cached_together_are_unsure_of_one_another() -> None:
-    """As if all that is not known of their interaction pointed one way: (sum of norms)^2."""
-    stats = random_stats(3)
+    """Where it was not measured, as if all of it pointed one way: (sum of norms)^2."""
+    stats = unmeasured(random_stats(3))
     last = stats.num_steps - 1
     computed = np.ones((stats.num_steps, 1 + stats.num_groups), dtype=bool)
     computed[last, [1, 2]] = False
@@ -101,8 +106,101 @@ def test_groups_cached_together_are_unsure_of_one_another() -> None:
     assert found == pytest.approx(scale * sizes.sum(axis=1) ** 2, rel=1e-5)
 
 
+class LinearModel:
+    """Three groups that add (a_g s + f_g) to a stream s: later ones answer in proportion."""
+
+    gains = (0.3, -0.4, 0.8)
+
+    def __init__(self, steps: int = 12) -> None:
+        rng = np.random.default_rng(9)
+        self.sigmas = np.linspace(1, 0, steps + 1)
+        self.inputs, *self.own = np.cumsum(rng.standard_normal((4, steps, 2, 16)), axis=1)
+
+    def velocity(self, step: int, residuals: dict[int, np.ndarray]) -> tuple[np.ndarray, list]:
+        """(P, N), and what each group added; some residuals are given."""
+        stream, added = self.inputs[step], []
+        for group, gain in enumerate(self.gains):
+            own = gain * stream + self.own[group][step]
+            added.append(residuals.get(group, own))
+            stream = stream + added[-1]
+        return stream, added
+
+    def stats(self, lags: int = 6) -> CalibrationStats:
+        """Its statistics, by replaying."""
+        steps = len(self.sigmas) - 1
+        full = [self.velocity(step, {}) for step in range(steps)]
+
+        def delta(step: int, lag: int, *groups: int) -> np.ndarray:
+            past = full[step - lag][1]
+            return self.velocity(step, {g: past[g] for g in groups})[0] - full[step][0]
+
+        deltas = np.zeros((2, steps, 3, lags, 16))
+        for step in range(steps):
+            for group in range(3):
+                for lag in range(1, min(lags, step) + 1):
+                    deltas[:, step, group, lag - 1] = delta(step, lag, group)
+        responses = np.zeros((2, steps - 1, 3, 3))
+        for step in range(1, steps):
+            for couple, (h, g) in enumerate([(0, 1), (0, 2), (1, 2)]):
+                first = delta(step, 1, h)
+                answer = first + delta(step, 1, g) - delta(step, 1, h, g)
+                products = [(answer, first), (answer, answer), (first, first)]
+                for column, (left, right) in enumerate(products):
+                    responses[:, step - 1, couple, column] = (left * right).sum(axis=1)
+        return random_stats(
+            prompts=2,
+            steps=steps,
+            size=16,
+            sigmas=self.sigmas,
+            velocities=np.stack([v for v, _ in full], axis=1).astype(np.float32),
+            deltas=deltas.astype(np.float32),
+            responses=responses,
+            response_sigmas=self.sigmas[1:-1],
+        )
+
+
+@pytest.mark.parametrize("predictor", ["reuse", "published", "fitted"])
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_of_groups_are_exact_where_they_are_linear(predictor: str, seed: int) -> None:
+    """Oracle: the model run with those cells cached, residuals of cached company among them."""
+    linear = LinearModel()
+    model = ErrorModel(linear.stats(), predictor)
+    computed = random_table(seed, 12, 3, skips=False)
+    cells = model.fit(computed).cells
+    history: list[list[np.ndarray]] = []
+    changes: dict[int, np.ndarray] = {}
+    for stretch in model.stretches(computed):
+        step = stretch.start
+        predicted = {}
+        for group, sources in stretch.cells:
+            shares = cells[group][step].shares
+            assert sum(shares) == pytest.approx(1)
+            past = [history[source][group] for source in sources]
+            predicted[group] = sum(c * r for c, r in zip(shares, past, strict=False))
+        velocity, added = linear.velocity(step, predicted)
+        history.append(added)
+        found, unsure, changes = model._velocity(step, stretch.cells, changes)
+        np.testing.assert_allclose(found, velocity, atol=1e-4)
+        assert unsure.max() < 1e-6
+    assert not computed[:, 1:].all()
+
+
+def test_what_is_not_along_a_change_is_a_variance() -> None:
+    stats = random_stats(3)
+    parts = np.broadcast_to([0.0, 0.25, 1.0], (stats.num_prompts, 1, 3, 3)).copy()
+    stats = replace(stats, responses=parts, response_sigmas=np.array([0.5]))
+    last = stats.num_steps - 1
+    computed = np.ones((stats.num_steps, 1 + stats.num_groups), dtype=bool)
+    computed[last, [1, 2]] = False
+    first, second = stats.deltas[:, last, :2, 0].astype(float).swapaxes(0, 1)
+    squares = ((first + second) ** 2).sum(axis=1) + 0.25 * (first**2).sum(axis=1)
+    scale = (float(stats.sigmas[last]) * stats.propagation[last]) ** 2 / stats.numel
+    found = ErrorModel(stats, "reuse").fit(computed).error
+    assert found == pytest.approx(scale * squares, rel=1e-5)
+
+
 def test_fitted_taps_are_better_than_none() -> None:
-    stats = random_stats(4, steps=16, prompts=6)
+    stats = unmeasured(random_stats(4, steps=16, prompts=6))
     for seed in range(4):
         computed = random_table(seed, 16, 3)
         scores = {name: ErrorModel(stats, name).fit(computed).score for name in ("fitted", "reuse")}
