@@ -6,11 +6,11 @@ latents of the uncached run, and A the growth of an error until the end (`stats.
 
     S_e = g S_a + (sigma_e - sigma_a) m_a - (z_e - z_a),      g = A_a / A_e.
 
-u_t = v_t + delta_t is what step t computes: the uncached run's velocity, moved by the groups that
-are cached there (`cells`). The taps of each row b_a are fitted (`ridge`) to make the error at the
+u_t = v_t + sum_g x_g is what step t computes: the uncached run's velocity, moved by the groups that
+are cached there (`_cells`), each with what it leaves unanswered of the others (`_responses`). The taps of each row b_a are fitted (`ridge`) to make the error at the
 end of its own stretch small, given what the rows before have left: errors are paid back soon, and
 no row leans on a later one. Before the first skipped step (under Euler's method, the first cached
-group) the sampler moves the latent as it would: S_e = g S_a + (sigma_e - sigma_a) delta_a. One that
+group) the sampler moves the latent as it would: S_e = g S_a + (sigma_e - sigma_a) sum_g x_g. One that
 calls the model twice a step (Heun's) never does: a plan makes computed steps of their first call.
 
 Beside S goes a variance D of what is known by its size only, for each prompt:
@@ -22,10 +22,10 @@ Beside S goes a variance D of what is known by its size only, for each prompt:
   that lets errors grow is in A; a tap multiplies besides how differently off two of them are. The
   rate, of the velocity by the latent, is the mean rate of the growth, at least 1. Without it a
   search finds schedules with large taps, on which the run does not do as foretold.
-- I_t is what groups that are cached at one step do to one another, which was not measured: it is
-  taken to be as large as it can be if each group's change keeps its size and all point one way,
-  (sum_g ||delta_g||)^2 - sum_g ||delta_g||^2. *Joint deltas, once calibration measures them, go
-  here: their mean into delta_t, and nothing into I_t.*
+- I_t is what is known by its size only of what groups cached at one step do to one another. Of
+  statistics without responses all of it is: it is taken to be as large as it can be if each group's
+  change keeps its size and all point one way, (sum_g ||delta_g||)^2 - sum_g ||delta_g||^2, and x_g
+  is delta_g.
 
 So far an error grows *along* its own direction, which is what a row has to pay back on arrival.
 Over many rows growth turns it into directions that only the model knows. The other extreme, with
@@ -38,7 +38,7 @@ guidance and 50 steps, seen 67 / 59 / 51 / 43 dB, foretold 71 / 64 / 58 / 51 alo
 40 / 38. Over 12 good schedules of one budget the correlation of mean PSNR with either and with the
 score was 0.54, 0.76 and 0.67, and of ranks, over 15 schedules, 0.81, 0.87 and 0.90.)
 
-Statistics of mode `"residual"` know no directions between groups: delta_t is 0 then, and all of
+Statistics of mode `"residual"` know no directions between groups: x_g is 0 then, and all of
 (sum_g ||delta_g||)^2 is in I_t.
 """
 
