@@ -1,4 +1,4 @@
-"""What cached groups do to one another: a later group's answer to an earlier one, when it is cached.
+"""What cached groups do to one another: the answer of a later group to an earlier one.
 
 Where group h is cached, the groups after it see another input and answer to it; their answer is
 part of the measured change delta_h. Of a cached group g after it, that answer is not computed. What
@@ -55,7 +55,7 @@ class Responses:
     def changes(
         self, step: int, cells: CachedCells, before: Mapping[int, FloatArray]
     ) -> tuple[FloatArray, FloatArray]:
-        """x (G, P, N) of a step, and (P,) the variance of their sum.
+        """X (G, P, N) of a step, and (P,) the variance of their sum.
 
         Args:
             step: t.

@@ -7,11 +7,13 @@ latents of the uncached run, and A the growth of an error until the end (`stats.
     S_e = g S_a + (sigma_e - sigma_a) m_a - (z_e - z_a),      g = A_a / A_e.
 
 u_t = v_t + sum_g x_g is what step t computes: the uncached run's velocity, moved by the groups that
-are cached there (`_cells`), each with what it leaves unanswered of the others (`_responses`). The taps of each row b_a are fitted (`ridge`) to make the error at the
+are cached there (`_cells`), each with what it leaves unanswered of the others (`_responses`). The
+taps of each row b_a are fitted (`ridge`) to make the error at the
 end of its own stretch small, given what the rows before have left: errors are paid back soon, and
 no row leans on a later one. Before the first skipped step (under Euler's method, the first cached
-group) the sampler moves the latent as it would: S_e = g S_a + (sigma_e - sigma_a) sum_g x_g. One that
-calls the model twice a step (Heun's) never does: a plan makes computed steps of their first call.
+group) the sampler moves the latent as it would: S_e = g S_a + (sigma_e - sigma_a) sum_g x_g. One
+that calls the model twice a step (Heun's) never does: a plan makes computed steps of their first
+call.
 
 Beside S goes a variance D of what is known by its size only, for each prompt:
 
