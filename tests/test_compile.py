@@ -448,6 +448,8 @@ def without_groups(stats: CalibrationStats) -> CalibrationStats:
         stats,
         groups=(),
         deltas=stats.deltas[:, :, :0],
+        responses=np.zeros(0),
+        response_sigmas=np.zeros(0),
         loads=stats.loads[:, -1:],
         times_ms=np.column_stack([whole, stats.times_ms[:, -1]]),
         group_bytes=(),

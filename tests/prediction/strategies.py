@@ -41,8 +41,13 @@ def random_stats(
         axis=1,
     )
     # Beyond what there is to answer: deltas above are sums, in which no group answers to another.
-    change = rng.uniform(0.5, 1.0, (prompts, 3, groups * (groups - 1) // 2))
-    along, across = rng.uniform(-0.1, 0.5, change.shape), rng.uniform(0.05, 0.2, change.shape)
+    measured = np.unique([min(1, steps - 1), steps // 2, steps - 1])
+    answers = np.random.default_rng(seed + 1000)
+    change = answers.uniform(0.5, 1.0, (prompts, len(measured), groups * (groups - 1) // 2))
+    along, across = (
+        answers.uniform(-0.1, 0.5, change.shape),
+        answers.uniform(0.05, 0.2, change.shape),
+    )
     responses = np.stack([along * change, (along**2 + across) * change, change], axis=-1)
     fields: dict[str, Any] = dict(
         sigmas=sigmas,
@@ -53,7 +58,7 @@ def random_stats(
         velocities=velocities.astype(np.float32),
         deltas=deltas.astype(np.float32),
         responses=responses,
-        response_sigmas=sigmas[[1, steps // 2, steps - 1]],
+        response_sigmas=sigmas[measured],
         times_ms=times,
         image_gain=rng.uniform(0.2, 0.3, prompts),
         amplification=np.exp(rng.uniform(-0.3, 0.7, (prompts, steps))),
