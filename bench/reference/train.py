@@ -54,6 +54,7 @@ SIGMA_SHIFT = 2.0
 EMA_DECAY = 0.998
 WARMUP_STEPS = 60
 DECAY_SHARE = 0.3
+STALE = 0.2
 
 
 class Batches:
@@ -129,6 +130,43 @@ def loss_of(
     return loss
 
 
+class Streams(nn.Module):
+    """In place of a block: notes the streams and returns them with something added."""
+
+    def __init__(self, added: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)) -> None:
+        super().__init__()
+        self.added = added
+        self.seen: list[Tensor] = []
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(text, image) as a block of the model returns them."""
+        self.seen = [encoder_hidden_states, hidden_states]
+        return encoder_hidden_states + self.added[0], hidden_states + self.added[1]
+
+
+def stale_loss_of(
+    model: QwenImageTransformer2DModel,
+    encoder: WordEncoder,
+    batch: tuple[Tensor, Tensor, Tensor, Tensor],
+    rng: np.random.Generator,
+) -> Tensor:
+    """The same where the first half adds its residuals of the same path at higher noise levels."""
+    latents, ids, sigmas, noise = batch
+    higher = sigmas + torch.from_numpy(rng.random(len(sigmas))).float() * STALE
+    blocks, half = model.transformer_blocks, len(model.transformer_blocks) // 2
+    entry, leaving = Streams(), Streams()
+    try:
+        model.transformer_blocks = nn.ModuleList([entry, *blocks[:half], leaving])
+        loss_of(model, encoder, (latents, ids, higher.clamp(max=1.0), noise))
+        text, image = (out - into for out, into in zip(leaving.seen, entry.seen, strict=True))
+        model.transformer_blocks = nn.ModuleList([Streams((text, image)), *blocks[half:]])
+        return loss_of(model, encoder, batch)
+    finally:
+        model.transformer_blocks = blocks
+
+
 def learning_rate_factor(step: int, steps: int) -> float:
     """Warm-up, then flat, then linear to zero over the last `DECAY_SHARE` of the run."""
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
@@ -150,6 +188,7 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     "--from-weights", type=click.Path(path_type=Path), help="Exported folder to start from."
 )
 @click.option("--drop-first", default=0.0, show_default=True, help="Rate of layer dropping.")
+@click.option("--stale-first", default=0.0, show_default=True, help="Share of stale batches.")
 @click.option("--save-every", default=200, show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
 def main(
@@ -160,6 +199,7 @@ def main(
     seed: int,
     from_weights: Path | None,
     drop_first: float,
+    stale_first: float,
     save_every: int,
     compiled: bool,
 ) -> None:
@@ -209,8 +249,12 @@ def main(
     window: list[float] = []
     started = time.monotonic() - seconds
     for step in tqdm(range(first, steps), initial=first, total=steps, mininterval=10):
-        with first_half_dropped(model, drop_first, np.random.default_rng([seed, step])):
-            loss = loss_of(model, encoder, batches[step])
+        rng = np.random.default_rng([seed, step])
+        with first_half_dropped(model, drop_first, rng):
+            if rng.random() < stale_first:
+                loss = stale_loss_of(model, encoder, batches[step], rng)
+            else:
+                loss = loss_of(model, encoder, batches[step])
             torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(named.values(), 1.0)
         factor = learning_rate_factor(step, steps)
