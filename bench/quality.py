@@ -1,6 +1,7 @@
 """PSNR of plans at fixed shares of compute, seen on validation prompts and predicted.
 
     python -m bench.quality --folder FOLDER [--weights DIR] [--json FILE] [--quick]
+        [--settings 50 28] [--units step groups] [--shares 0.73 0.50] [--no-responses]
 
 For each setting of the reference model (50 steps with guidance, 28 without) statistics of
 calibration prompts are measured, default plans and plans of groups alone are compiled from them at
@@ -10,7 +11,8 @@ the uncached images of the same noise: mean, median and worst over prompts.
 It answers whether a change of LayerCache made plans better or worse, so it uses what a user has
 and nothing else: `calibrate`, `compile_plan`, `apply_plan`. `FOLDER` keeps statistics and uncached
 images for the next run; after a change of calibration, give another. 32 validation prompts resolve
-about 0.7 dB. Nothing here sees a held-out prompt.
+about 0.7 dB. Nothing here sees a held-out prompt. `--no-responses` leaves out what calibration
+measured of two groups at a time.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from layercache.runtime import apply_plan
 
 SHARES: dict[tuple[str, ...], tuple[float, ...]] = {
     ("step", "groups"): (0.73, 0.50, 0.33, 0.25),
+    ("step",): (0.73, 0.50, 0.33, 0.25),
     ("groups",): (0.85, 0.73, 0.50, 0.33),
 }
 """What may be cached, and the shares of the transformer's compute at which plans are compared."""
@@ -167,12 +170,15 @@ def measure(
     folder: Path,
     shares: Mapping[tuple[str, ...], Sequence[float]] = SHARES,
     options: Mapping[str, Any] | None = None,
+    responses: bool = True,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Figures of every plan of one setting, by what may be cached and by share."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = setting.load()
     stats = statistics_of(pipe, setting, folder / f"stats_{name}.npz", progress=sys.stderr.isatty())
+    if not responses:
+        stats = replace(stats, responses=np.zeros(0), response_sigmas=np.zeros(0))
     references = uncached_images(pipe, setting, folder / f"uncached_{name}.npy")
     result: dict[str, Any] = {}
     for units, listed in shares.items():
@@ -208,12 +214,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--quick", action="store_true", help="a small run, for a smoke test")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--units", nargs="+", choices=("step", "groups"), help="of one kind alone")
+    parser.add_argument("--shares", nargs="+", type=float, help="of full compute")
+    parser.add_argument("--no-responses", action="store_true", help="groups as measured one by one")
     chosen = parser.parse_args()
     log = functools.partial(print, flush=True)
+    shares = {
+        units: chosen.shares or listed
+        for units, listed in SHARES.items()
+        if not chosen.units or set(units) == set(chosen.units)
+    }
     found = {}
     for name in chosen.settings:
         setting = replace(SETTINGS[name], weights=chosen.weights, **(TINY if chosen.quick else {}))
-        found[name] = measure(setting, name, chosen.folder, log=log)
+        found[name] = measure(
+            setting,
+            name,
+            chosen.folder,
+            shares=shares,
+            responses=not chosen.no_responses,
+            log=log,
+        )
         if chosen.json is not None:
             chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

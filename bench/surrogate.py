@@ -13,8 +13,9 @@ logarithm averaged over prompts. Spearman's rank correlation with it:
 - `spearman_prices`: of the sum of separable prices, on which solvers propose (replay mode).
 
 Each also by kind of plan. `bias_db` says how much better plans of a kind are foretold than they
-come out, in dB, and `scatter_db` how much that varies (standard deviation). Then, from exact deltas
-and their sketches:
+come out, in dB, and `scatter_db` how much that varies (standard deviation); `off_median_db` and
+`off_most_db` are the median and the largest distance, either way. Then, from exact deltas and their
+sketches:
 
 - `sketch_error_median`: median relative error of ||delta||^2 over random predicted cells, for the
   default sketch size; `sketch_errors` has other sizes, and errors of inner products of deltas of
@@ -251,6 +252,8 @@ def of_kind(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         **{name: correlation(rows, name) for name in PREDICTIONS},
         "bias_db": float(np.mean(apart)),
         "scatter_db": float(np.std(apart)),
+        "off_median_db": float(np.median(np.abs(apart))),
+        "off_most_db": float(np.max(np.abs(apart))),
     }
 
 
@@ -273,7 +276,8 @@ def report(figures: dict[str, Any]) -> str:
         lines.append(
             f"  {kind:<14}"
             + "".join(f"{values[name]:>17.3f}" for name in PREDICTIONS)
-            + f"   foretold {values['bias_db']:.1f} ({values['scatter_db']:.1f}) dB too well"
+            + f"   foretold {values['bias_db']:.1f} ({values['scatter_db']:.1f}) dB too well, "
+            f"off by {values['off_median_db']:.1f}, at most {values['off_most_db']:.1f}"
         )
     lines.append("sketches against exact vectors, medians (and 95th percentile of ||delta||^2)")
     for size, errors in figures["sketch_errors"].items():

@@ -91,35 +91,28 @@ class Stretch:
 class _Passed:
     """The computed steps that a row may read, latest first: h of them.
 
-    Their velocities (h, P, N), S on arriving there (h, 2, P, N), I (h, P), D (h, 2, P), and which
-    step the last one is.
+    Attributes:
+        vectors: (h, 3, P, N) velocity, and S on arriving there, growth along and turned.
+        sizes: (h, 3, P) of what is known by its size only: I, and D, along and turned.
+        last: Which step the latest is.
     """
 
-    velocities: FloatArray
-    errors: FloatArray
-    unsure: FloatArray
-    drift: FloatArray
+    vectors: FloatArray
+    sizes: FloatArray
     last: int
-
-    def and_then(
-        self, start: int, velocity: FloatArray, unsure: FloatArray, state: _State, depth: int
-    ) -> _Passed:
-        """One more, of which `depth` are kept."""
-        return _Passed(
-            np.concatenate([velocity[None], self.velocities[: depth - 1]]),
-            np.concatenate([state.error[None], self.errors[: depth - 1]]),
-            np.concatenate([unsure[None], self.unsure[: depth - 1]]),
-            np.concatenate([state.drift[None], self.drift[: depth - 1]]),
-            start,
-        )
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """On arriving at a step: S (2, P, N) and D (2, P), growth along and turned.
+    """On arriving at a step.
 
-    With the computed steps before, the last taps, and x (G, P, N) of those steps before at which
-    groups were cached and that a residual may yet be read of.
+    Attributes:
+        error: (2, P, N) S, growth along and turned.
+        drift: (2, P) D.
+        passed: The computed steps before.
+        taps: Of the last one.
+        changes: x (G, P, N) of the steps before at which groups were cached and that a residual may
+            yet be read of.
     """
 
     error: FloatArray
@@ -208,9 +201,8 @@ class ErrorModel:
         measured = self.groups is not None and self.joint and len(stats.response_sigmas) > 0
         self.responses = Responses(stats) if measured else None
         self._velocities: dict[tuple[int, Cells], tuple[FloatArray, FloatArray]] = {}
-        empty = np.zeros((0, *self.velocities.shape[1:]))
-        both = np.stack([empty, empty], axis=1)
-        self._none = _Passed(empty, both, empty[..., 0], both[..., 0], -1)
+        empty = np.zeros((0, 3, *self.velocities.shape[1:]))
+        self._none = _Passed(empty, empty[..., 0], -1)
         self._rises: dict[tuple[int, int], float] = {}
         self._trails: list[list[tuple[Stretch, _State]]] = []
 
@@ -344,25 +336,29 @@ class ErrorModel:
         drift = grown**2 * state.drift
         drift[1] += (grown**2 - 1) * np.einsum("pn,pn->p", state.error[1], state.error[1])
         earlier = self._none if self.begins[start] else state.passed
+        count, (_, prompts, size) = len(earlier.vectors), state.error.shape
+        here = np.concatenate([velocity[None], state.error])
+        known = np.concatenate([unsure[None], state.drift])
         passed = self._none
         if self.depth:
-            passed = earlier.and_then(start, velocity, unsure, state, self.depth)
-        count = len(earlier.velocities)
+            vectors, sizes = earlier.vectors[: self.depth - 1], earlier.sizes[: self.depth - 1]
+            passed = _Passed(
+                np.concatenate([here[None], vectors]), np.concatenate([known[None], sizes]), start
+            )
         if not stretch.moved or not count or self.predictor == "reuse":
             return _State(error, drift + length**2 * unsure, passed, changes=changes)
-        moves = velocity - earlier.velocities
-        moves *= length
+        between = here - earlier.vectors
+        moves = length * between[:, 0]
         prior: FloatArray = np.zeros(count)
         prior[0] = self._prior(stretch, earlier.last)
         taps = prior
         if self.predictor == "fitted":
             taps = self._taps(error[0] + prior[0] * moves[0], moves, prior, velocity, length)
-        error += (taps @ moves.reshape(count, -1)).reshape(velocity.shape)
-        between = state.error - earlier.errors
-        apart = np.einsum("hkpn,hkpn->hkp", between, between)
-        apart += state.drift + earlier.drift
+        error += (taps @ moves.reshape(count, -1)).reshape(prompts, size)
+        apart = np.einsum("hkpn,hkpn->hkp", between[:, 1:], between[:, 1:])
+        apart += known[1:] + earlier.sizes[:, 1:]
         apart *= self.rate**2
-        apart += earlier.unsure[:, None]
+        apart += earlier.sizes[:, :1]
         doubt = (taps**2 @ apart.reshape(count, -1)).reshape(drift.shape)
         drift += length**2 * ((1 + taps.sum()) ** 2 * unsure + doubt)
         return _State(error, drift, passed, tuple(taps.tolist()) if taps.any() else (), changes)
