@@ -1,14 +1,16 @@
 """Groups of neighbouring blocks that behave alike, found from one group a block.
 
-A group has one schedule for all its blocks, which suits them if caching each of them costs about
-the same at the same steps. Block b is described by the curve
+A group has one schedule for all its blocks, which suits them if each millisecond that is saved in
+any of them costs about the same error at the same steps. Block b, of w_b milliseconds, is described
+by the curve
 
-    c_b(t) = log mean over prompts of ||D[t, b, 1]||,
+    c_b(t) = log (mean over prompts of ||D[t, b, 1]||^2 / w_b),
 
-what the velocity is moved by when the block is reused from the step before. The groups are the
-contiguous segments with the least sum of squared distances of curves to their segment's mean. An
-exact dynamic programme finds them (W. D. Fisher, "On grouping for maximum homogeneity", 1958); that
-sum is the criterion that Ward's constrained clustering lowers greedily.
+what the velocity is moved by when the block is reused from the step before, for each millisecond.
+The groups are the contiguous segments with the least sum of squared distances of curves to their
+segment's mean, each weighted by w_b, so that a block counts as much as two of half its length that
+behave alike. An exact dynamic programme finds them (W. D. Fisher, "On grouping for maximum
+homogeneity", 1958); that sum is the criterion that Ward's constrained clustering lowers greedily.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from layercache.stats import CalibrationStats, Group
 
 
 def alike_groups(stats: CalibrationStats, count: int) -> tuple[Group, ...]:
-    """`count` groups of neighbouring blocks with similar velocity deltas.
+    """`count` groups of neighbouring blocks with similar errors per millisecond.
 
     Args:
         stats: Statistics with one group a block.
@@ -38,19 +40,25 @@ def alike_groups(stats: CalibrationStats, count: int) -> tuple[Group, ...]:
         if group.stop - group.start != 1 or group.start != lists.get(group.block_list, 0):
             raise StatsError("groups can be found only from statistics with one group a block")
         lists[group.block_list] = group.stop
-    norms = np.sqrt((stats.deltas[:, 1:, :, 0].astype(np.float64) ** 2).sum(axis=-1).mean(axis=0))
-    curves = np.log(np.maximum(norms.T, 1e-30))  # (blocks, T-1)
-    return segments(lists, curves, count)
+    squares = (stats.deltas[:, 1:, :, 0].astype(np.float64) ** 2).sum(axis=-1).mean(axis=0)
+    # A block that takes no time that was seen decides nothing.
+    times = np.maximum(stats.group_ms, 1e-9 * stats.group_ms.max(initial=1e-9))
+    curves = np.log(np.maximum(squares.T, 1e-60) / times[:, None])  # (blocks, T-1)
+    return segments(lists, curves, times, count)
 
 
 def segments(
-    block_lists: Mapping[str, int], curves: NDArray[np.float64], count: int
+    block_lists: Mapping[str, int],
+    curves: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    count: int,
 ) -> tuple[Group, ...]:
     """The best `count` contiguous segments; none crosses from one block list into another.
 
     Args:
         block_lists: Blocks of each list, in execution order.
         curves: (blocks, F) one row of features a block, in execution order.
+        weights: (blocks,) positive, how much each block counts.
         count: How many segments.
 
     Raises:
@@ -58,7 +66,7 @@ def segments(
 
     Example:
         >>> curves = np.array([[0.0], [0.1], [5.0], [5.1], [5.2], [9.0]])
-        >>> [g.name for g in segments({"blocks": 6}, curves, 3)]
+        >>> [g.name for g in segments({"blocks": 6}, curves, np.ones(6), 3)]
         ['blocks[0:2]', 'blocks[2:5]', 'blocks[5:6]']
     """
     total = sum(block_lists.values())
@@ -68,7 +76,7 @@ def segments(
             f"blocks in all, so a number from {len(block_lists)} to {total} is needed"
         )
     owner = [(name, place) for name, size in block_lists.items() for place in range(size)]
-    within = _within(curves)
+    within = _within(curves, weights)
     for start in range(total):
         for stop in range(start + 1, total + 1):
             if owner[start][0] != owner[stop - 1][0]:
@@ -91,14 +99,16 @@ def segments(
     return tuple(found)
 
 
-def _within(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n, n+1) sum of squared distances to their mean of the rows start..stop-1."""
+def _within(curves: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, n+1) weighted sum of squared distances to their mean of the rows start..stop-1."""
     count = len(curves)
-    sums = np.vstack([np.zeros(curves.shape[1]), np.cumsum(curves, axis=0)])
-    squares = np.concatenate([[0.0], np.cumsum((curves**2).sum(axis=1))])
+    heavy = weights[:, None] * curves
+    sums = np.vstack([np.zeros(curves.shape[1]), np.cumsum(heavy, axis=0)])
+    squares = np.concatenate([[0.0], np.cumsum((heavy * curves).sum(axis=1))])
+    total = np.concatenate([[0.0], np.cumsum(weights)])
     result = np.full((count, count + 1), np.inf)
     for start in range(count):
         stop = np.arange(start + 1, count + 1)
-        mean = ((sums[stop] - sums[start]) ** 2).sum(axis=1) / (stop - start)
+        mean = ((sums[stop] - sums[start]) ** 2).sum(axis=1) / (total[stop] - total[start])
         result[start, start + 1 :] = np.maximum(squares[stop] - squares[start] - mean, 0.0)
     return result

@@ -57,32 +57,37 @@ def test_auto_asks_for_a_number_of_groups() -> None:
             auto_count(text)
 
 
-def cost(curves: Any, bounds: Any) -> float:
-    return sum(
-        float(((curves[a:b] - curves[a:b].mean(axis=0)) ** 2).sum())
-        for a, b in itertools.pairwise(bounds)
-    )
+def cost(curves: Any, weights: Any, bounds: Any) -> float:
+    total = 0.0
+    for a, b in itertools.pairwise(bounds):
+        mean = np.average(curves[a:b], axis=0, weights=weights[a:b])
+        total += float(weights[a:b] @ ((curves[a:b] - mean) ** 2).sum(axis=1))
+    return total
 
 
 @given(st.integers(1, 7), st.integers(0, 10_000))
 def test_no_other_segmentation_is_more_homogeneous(blocks: int, seed: int) -> None:
     """Oracle: every way to cut the blocks."""
     rng = np.random.default_rng(seed)
-    curves = rng.standard_normal((blocks, 3))
+    curves, weights = rng.standard_normal((blocks, 3)), rng.uniform(0.2, 5.0, blocks)
     count = int(rng.integers(1, blocks + 1))
-    found = segments({"blocks": blocks}, curves, count)
+    found = segments({"blocks": blocks}, curves, weights, count)
     bounds = [0, *(group.stop for group in found)]
     assert bounds == [*(group.start for group in found), blocks]
     cuts = itertools.combinations(range(1, blocks), count - 1)
-    best = min(cost(curves, [0, *cut, blocks]) for cut in cuts)
-    assert cost(curves, bounds) <= best + 1e-9
+    best = min(cost(curves, weights, [0, *cut, blocks]) for cut in cuts)
+    assert cost(curves, weights, bounds) <= best + 1e-9
 
 
 def test_no_group_crosses_from_one_list_into_another() -> None:
     curves = np.array([[0.0], [9.0], [9.0], [0.0]])
-    assert names(segments({"a": 2, "b": 2}, curves, 3)) == ["a[0:1]", "a[1:2]", "b[0:2]"]
+    assert names(segments({"a": 2, "b": 2}, curves, np.ones(4), 3)) == [
+        "a[0:1]",
+        "a[1:2]",
+        "b[0:2]",
+    ]
     with pytest.raises(StatsError, match=r"groups=auto:1.*from 2 to 4"):
-        segments({"a": 2, "b": 2}, curves, 1)
+        segments({"a": 2, "b": 2}, curves, np.ones(4), 1)
 
 
 def test_blocks_that_move_the_velocity_alike_share_a_group() -> None:
@@ -98,3 +103,25 @@ def test_blocks_that_move_the_velocity_alike_share_a_group() -> None:
     assert names(alike_groups(stats, 3)) == ["blocks[0:1]", "blocks[1:4]", "blocks[4:5]"]
     with pytest.raises(StatsError, match="one group a block"):
         alike_groups(make_stats(), 2)
+
+
+def test_what_counts_is_the_error_of_a_millisecond() -> None:
+    """Blocks that differ in length but not in the error of a millisecond share a group."""
+    blocks = tuple(Group(block_list="blocks", start=i, stop=i + 1) for i in range(4))
+    times = np.array([1.0, 9.0, 1.0, 1.0])
+    norms = np.sqrt(np.array([2.0, 18.0, 20.0, 20.0]))[:, None, None]
+    stats = make_stats(
+        groups=blocks,
+        deltas=(np.ones((2, 5, 4, 1, 8)) * norms).astype(np.float32),
+        times_ms=np.tile([*times, 1.0, 1.0], (2, 1)),
+        group_bytes=(1,) * 4,
+    )
+    # By error alone the second would stand with the last two.
+    assert names(alike_groups(stats, 2)) == ["blocks[0:2]", "blocks[2:4]"]
+    still = make_stats(
+        groups=blocks,
+        deltas=np.zeros((2, 5, 4, 1, 8), np.float32),
+        times_ms=np.tile([0.0, 0, 0, 0, 1.0, 1.0], (2, 1)),
+        group_bytes=(1,) * 4,
+    )
+    assert len(alike_groups(still, 2)) == 2
