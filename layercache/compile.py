@@ -43,6 +43,7 @@ from layercache.stats import CalibrationStats
 from layercache.verify import verify
 
 Progress = Callable[[int, int], None]
+Propose = Callable[[float], list[BoolArray]]
 NEAR = 1.0
 """Schedules of lower levels whose quick scores are so close (10 dB) are fitted in full too, and
 what is foretold best is taken: a larger budget is then never foretold worse."""
@@ -267,16 +268,15 @@ class Compiler:
         found = []
         for depth in depths:
             table = self._table(depth)
-            steps = None
+            alone = replace(table, skips=True, groups=(), step_reach=self._reach(STEP_LAGS))
+            model = self._quick(depth, groups=False)
+            programme = DynamicProgramme(self._problem(("step",)))
+            steps = Search(model, alone, self._propose(programme), self.progress)
             if table.skips:
-                alone = Table(table.cost, table.fixed, True, (), table.step_reach, 0)
-                model = self._quick(depth, groups=False)
-                programme = DynamicProgramme(self._problem(("step",)))
-                steps = Search(model, alone, self._propose(programme), self.progress)
                 found.append((depth, steps))
             if table.groups:
                 model = self._quick(depth, groups=True)
-                propose = self._propose(self._programme, steps)
+                propose = self._propose(self._programme, steps, at_once=not table.skips)
                 found.append((depth, Search(model, table, propose, self.progress)))
         return found
 
@@ -284,13 +284,23 @@ class Compiler:
         return ErrorModel(self.stats, self.options.predictor, depth, quick=True, groups=groups)
 
     def _propose(
-        self, programme: DynamicProgramme, steps: Search | None = None
-    ) -> Callable[[float], list[BoolArray]]:
-        """What the dynamic programme, the published allocator and another search find."""
+        self, programme: DynamicProgramme, steps: Search | None = None, *, at_once: bool = False
+    ) -> Propose:
+        """What the dynamic programme, the published allocator and a search of steps find.
+
+        With `at_once`, no step can be skipped: all groups are cached there instead.
+        """
+        rest, full = float(cell_ms(self.stats)[:, -1].sum()), full_ms(self.stats)
 
         def propose(budget_ms: float) -> list[BoolArray]:
-            best = None if steps is None else steps.best(budget_ms)
-            found = [] if best is None else [best.computed]
+            found = []
+            if steps is not None:
+                room = (budget_ms - rest) / (full - rest) * full if at_once else budget_ms
+                best = steps.best(room)
+                if best is not None:
+                    schedule = best.computed.copy()
+                    schedule[:, 0] |= at_once
+                    found.append(schedule)
             problem = programme.problem.with_budget(budget_ms)
             for solve in (programme.solve, lambda _: SOLVERS["greedy"](problem)):
                 try:
@@ -300,6 +310,10 @@ class Compiler:
             return found
 
         return propose
+
+    def _reach(self, most: int) -> int:
+        """Most steps between a cached cell and its anchor."""
+        return most if self.options.max_gap is None else min(most, self.options.max_gap)
 
     def _table(self, depth: int) -> Table:
         """The schedules that options and bytes allow at a depth."""
@@ -318,14 +332,13 @@ class Compiler:
                 if size <= room:
                     groups.append(index)
                     room -= size
-        most = math.inf if options.max_gap is None else options.max_gap
         return Table(
             cost=np.column_stack([times[:, -1], times[:, :-1]]),
             fixed=fixed,
             skips=skips,
             groups=tuple(sorted(groups)),
-            step_reach=int(min(STEP_LAGS, most)),
-            group_reach=int(min(stats.max_lag, most)),
+            step_reach=self._reach(STEP_LAGS),
+            group_reach=self._reach(stats.max_lag),
         )
 
     # -- the plan -----------------------------------------------------------------------------

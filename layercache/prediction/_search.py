@@ -6,7 +6,9 @@ spaced schedules; and from what solvers propose. Each start is annealed, and the
 larger budget is never foretold worse; and a schedule grows out of a good one of a smaller budget,
 which a search that starts afresh needs ten times as many evaluations to reach.
 
-Between two levels cells are added at finer levels, one after the other, in the same way.
+Between two levels cells are added at finer levels, one after the other, in the same way. Where only
+groups may be cached and that leaves much of a finer level unused, it is searched as a level is: one
+cell more can do harm where two do good.
 
 The best of a search is the best of what it met. Nothing is proven about it.
 """
@@ -63,6 +65,9 @@ def effort_for(table: Table) -> Effort:
 
 FEW = 6
 """So many of the dearest cached cells are tried when one is to be computed."""
+
+SLACK = 0.03
+"""So much of a budget may be left unused."""
 
 Propose = Callable[[float], Sequence[BoolArray]]
 
@@ -151,8 +156,15 @@ class Search:
                 grown = self._grow(grown, budget)
             if fine % parts == 0:
                 self.on_level(fine // parts, self._fine // parts)
+            if fine % parts == 0 or self._slack(grown, budget):
                 grown = self._level(grown, budget, fine)
             yield grown
+
+    def _slack(self, found: Found | None, budget: float) -> bool:
+        """Whether much is left of a budget that no one cell more would use well."""
+        if found is None or self.table.skips:
+            return False
+        return self.table.spent(found.computed) < (1 - SLACK) * budget
 
     def _level(self, grown: Found | None, budget: float, seed: int) -> Found | None:
         """The best that annealing finds at a level, or what grew out of the level before."""
@@ -163,8 +175,8 @@ class Search:
         if grown is not None:
             # Up to the level even where that helps only after something has moved.
             used_up = self._grow(grown, budget, always=True)
-            level = seed // self.effort.parts
-            trials = self.effort.grown if level % self.effort.every == 0 else self.effort.between
+            long = seed % (self.effort.parts * self.effort.every) == 0
+            trials = self.effort.grown if long else self.effort.between
             starts.append((used_up.computed, trials))
         fresh = distinct([*table.uniform(budget), *self.propose(budget)])
         starts += [(start, self.effort.fresh) for start in fresh]
