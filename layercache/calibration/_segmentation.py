@@ -1,16 +1,18 @@
 """Groups of neighbouring blocks that behave alike, found from one group a block.
 
-A group has one schedule for all its blocks, which suits them if each millisecond that is saved in
-any of them costs about the same error at the same steps. Block b, of w_b milliseconds, is described
-by the curve
+A group has one schedule for all its blocks, which suits them if caching each of them costs about
+the same error for a millisecond saved, at the same steps. Block b is described by the curve
 
-    c_b(t) = log (mean over prompts of ||D[t, b, 1]||^2 / w_b),
+    c_b(t) = log( mean over prompts of ||D[t, b, 1]||^2 / ms_b ),
 
-what the velocity is moved by when the block is reused from the step before, for each millisecond.
-The groups are the contiguous segments with the least sum of squared distances of curves to their
-segment's mean, each weighted by w_b, so that a block counts as much as two of half its length that
-behave alike. An exact dynamic programme finds them (W. D. Fisher, "On grouping for maximum
-homogeneity", 1958); that sum is the criterion that Ward's constrained clustering lowers greedily.
+the squared error of the velocity when the block is reused from the step before, per millisecond of
+the block. The groups are the contiguous segments S with the least
+
+    sum over S, sum over b in S of  ms_b ||c_b - m_S||^2,    m_S = sum_b ms_b c_b / sum_b ms_b,
+
+in which a block counts by its share of the time. An exact dynamic programme finds them (W. D.
+Fisher, "On grouping for maximum homogeneity", 1958, who has weights as well); with equal weights,
+that sum is the criterion that Ward's constrained clustering lowers greedily.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from layercache.stats import CalibrationStats, Group
 
 
 def alike_groups(stats: CalibrationStats, count: int) -> tuple[Group, ...]:
-    """`count` groups of neighbouring blocks with similar errors per millisecond.
+    """`count` groups of neighbouring blocks with a similar error per millisecond.
 
     Args:
         stats: Statistics with one group a block.
@@ -41,9 +43,9 @@ def alike_groups(stats: CalibrationStats, count: int) -> tuple[Group, ...]:
             raise StatsError("groups can be found only from statistics with one group a block")
         lists[group.block_list] = group.stop
     squares = (stats.deltas[:, 1:, :, 0].astype(np.float64) ** 2).sum(axis=-1).mean(axis=0)
-    # A block that takes no time that was seen decides nothing.
-    times = np.maximum(stats.group_ms, 1e-9 * stats.group_ms.max(initial=1e-9))
-    curves = np.log(np.maximum(squares.T, 1e-60) / times[:, None])  # (blocks, T-1)
+    # A block too fast to be timed would have an infinite error per millisecond, and no weight.
+    times = np.maximum(stats.group_ms, 1e-6 * stats.group_ms.sum())
+    curves = np.log(np.maximum(squares.T, 1e-60)) - np.log(times)[:, None]  # (blocks, T-1)
     return segments(lists, curves, times, count)
 
 
@@ -58,7 +60,7 @@ def segments(
     Args:
         block_lists: Blocks of each list, in execution order.
         curves: (blocks, F) one row of features a block, in execution order.
-        weights: (blocks,) positive, how much each block counts.
+        weights: (blocks,) how much each block counts, above 0; their scale does not matter.
         count: How many segments.
 
     Raises:
@@ -102,10 +104,12 @@ def segments(
 def _within(curves: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n, n+1) weighted sum of squared distances to their mean of the rows start..stop-1."""
     count = len(curves)
-    heavy = weights[:, None] * curves
-    sums = np.vstack([np.zeros(curves.shape[1]), np.cumsum(heavy, axis=0)])
-    squares = np.concatenate([[0.0], np.cumsum((heavy * curves).sum(axis=1))])
     total = np.concatenate([[0.0], np.cumsum(weights)])
+    # Far from 0 the difference of squares below would lose its digits.
+    centred = curves - weights @ curves / total[-1]
+    weighted = weights[:, None] * centred
+    sums = np.vstack([np.zeros(curves.shape[1]), np.cumsum(weighted, axis=0)])
+    squares = np.concatenate([[0.0], np.cumsum((weighted * centred).sum(axis=1))])
     result = np.full((count, count + 1), np.inf)
     for start in range(count):
         stop = np.arange(start + 1, count + 1)

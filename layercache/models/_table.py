@@ -1,8 +1,13 @@
 """The adapters of diffusers' flow-matching transformers (read against diffusers 0.42).
 
-H is the image or video stream, E the text stream. Refiner and text-encoder blocks are left out:
-they are a small share of the compute and many see no timestep. HunyuanDiT and LongCat-AudioDiT
-have connections that jump across blocks and are left out on purpose.
+H is the image or video stream, E the text stream. Refiner and text-encoder blocks are no groups:
+they are a small share of the compute. HunyuanDiT and LongCat-AudioDiT have connections that jump
+across blocks and are left out on purpose.
+
+Of the refiners those are timeless whose arguments hold no time embedding. The token refiners of
+HunyuanVideo and HunyuanImage, the text blocks of Kandinsky 5, the VACE blocks of Wan and the
+guidance layer of Chroma take one. Projections of captions (HiDream's list, and single ones in other
+models) see no timestep either, but comparing their arguments costs about as much as they do.
 """
 
 from __future__ import annotations
@@ -79,7 +84,14 @@ _BLOCK_LISTS: dict[str, tuple[BlockList, ...]] = {
     ),
 }
 
+_TIMELESS: dict[str, tuple[str, ...]] = {
+    # The second is there in models that take images too.
+    "ZImageTransformer2DModel": ("context_refiner", "siglip_refiner"),
+    "Lumina2Transformer2DModel": ("context_refiner",),
+    "Krea2Transformer2DModel": ("text_fusion.layerwise_blocks", "text_fusion.refiner_blocks"),
+}
+
 ADAPTERS: dict[str, Adapter] = {
-    name: Adapter(class_name=name, block_lists=lists) for name, lists in _BLOCK_LISTS.items()
+    name: Adapter(name, lists, _TIMELESS.get(name, ())) for name, lists in _BLOCK_LISTS.items()
 }
 """Adapters by class name."""

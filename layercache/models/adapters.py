@@ -76,6 +76,10 @@ class Adapter:
         class_name: Name of the transformer's class; subclasses match too.
         block_lists: Lists of the class. One that a given model lacks is left out for that model.
             None at all if nothing is known of its blocks: such a model has no groups.
+        timeless: Dotted names of lists of blocks that see no timestep, such as those that refine
+            the text: their output follows from their arguments alone, which are the same at every
+            step. They are no groups; the runtime computes them once a generation. One that a given
+            model lacks is left out for that model.
 
     Example:
         >>> image = BlockList("blocks", ("hidden_states",), ("hidden_states",))
@@ -85,6 +89,7 @@ class Adapter:
 
     class_name: str
     block_lists: tuple[BlockList, ...]
+    timeless: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         lists: Any = self.block_lists
@@ -95,6 +100,13 @@ class Adapter:
                 "a tuple of BlockList"
             )
         object.__setattr__(self, "block_lists", lists)
+        names = (self.timeless,) if isinstance(self.timeless, str) else tuple(self.timeless)
+        if both := {block_list.name for block_list in lists} & set(names):
+            raise UnsupportedModelError(
+                f"the adapter of {self.class_name} declares {sorted(both)} as block_lists and as "
+                "timeless: what a plan may cache sees the timestep, so name each list once"
+            )
+        object.__setattr__(self, "timeless", names)
 
     def block_list(self, name: str) -> BlockList:
         """The declaration of the list `name`. Raises `UnsupportedModelError` if there is none."""
@@ -154,7 +166,8 @@ def adapter_for(transformer: nn.Module, *, required: bool = True) -> Adapter:
                     f"declares ({', '.join(b.name for b in adapter.block_lists)}): register an "
                     "adapter for this class with layercache.models.register_adapter"
                 )
-            return Adapter(type(module).__name__, present)
+            timeless = tuple(name for name in adapter.timeless if _has_blocks(module, name))
+            return Adapter(type(module).__name__, present, timeless)
     if not required:
         return Adapter(type(module).__name__, ())
     raise UnsupportedModelError(
@@ -172,6 +185,13 @@ def unwrap(transformer: nn.Module) -> nn.Module:
 def blocks_of(transformer: nn.Module, block_list: BlockList) -> list[nn.Module]:
     """The blocks of one list, in execution order."""
     return list(getattr(unwrap(transformer), block_list.name))
+
+
+def timeless_blocks(transformer: nn.Module, adapter: Adapter) -> list[nn.Module]:
+    """The blocks that see no timestep, as the adapter declares them."""
+    module = unwrap(transformer)
+    lists: list[Any] = [module.get_submodule(name) for name in adapter.timeless]
+    return [block for blocks in lists for block in blocks]
 
 
 def read_streams(
@@ -257,7 +277,9 @@ def _positions(block_class: Any, streams: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _has_blocks(module: nn.Module, name: str) -> bool:
-    blocks = getattr(module, name, None)
+    blocks: Any = module
+    for part in name.split("."):
+        blocks = getattr(blocks, part, None)
     return isinstance(blocks, nn.ModuleList) and len(blocks) > 0
 
 

@@ -67,6 +67,8 @@ class Record:
             self.velocity_bytes,
             sum(units.step.bytes_per_output.values()),
         )
+        # Held from the first step to the last, so beside whatever the plan holds at its peak.
+        planned += units.timeless.peak_bytes
         runners = [units.by_name[unit.name] for unit in plan.units]
         return RunReport(
             steps_planned=plan.num_steps,
@@ -82,6 +84,9 @@ class Record:
             calls_planned=plan.branches,
             calls_seen=max(self.calls.values(), default=0),
             other_calls=dict(others),
+            timeless_computed=units.timeless.computed,
+            timeless_reused=units.timeless.reused,
+            timeless_bytes=units.timeless.peak_bytes,
         )
 
     def _unit(self, plan: Plan, runner: StepRunner | GroupRunner, timed: bool) -> UnitReport:

@@ -47,7 +47,9 @@ class RunReport:
     made without a call of this transformer, as with the two experts of Wan 2.2. `calls_seen` is the
     largest number of calls a step, next to the plan's branches. `other_calls` counts calls by other
     pipelines, by class, since the plan was put on: those were computed in full. `plan` says which
-    plan of a set the run took.
+    plan of a set the run took. `timeless_computed` and `timeless_reused` count calls of blocks that
+    see no timestep; `timeless_bytes`, what was held for them, is in `cache_bytes_planned` and
+    `cache_bytes_seen` but not in the plan's figure.
     """
 
     steps_planned: int
@@ -64,6 +66,9 @@ class RunReport:
     calls_seen: int = 0
     other_calls: dict[str, int] = field(default_factory=dict)
     plan: str = ""
+    timeless_computed: int = 0
+    timeless_reused: int = 0
+    timeless_bytes: int = 0
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -142,6 +147,11 @@ class RunReport:
                     f"{_ms(unit.seconds_predicted[branch]):>10}  "
                     f"{_mib(unit.bytes_seen[branch])} ({_mib(unit.bytes_planned[branch])})"
                 )
+        if self.timeless_computed:
+            lines.append(
+                f"  blocks that see no timestep: {self.timeless_computed} calls computed, "
+                f"{self.timeless_reused} reused, {_mib(self.timeless_bytes)} of the cache"
+            )
         lines += [
             f"  {count} calls by another {name}, computed in full"
             for name, count in self.other_calls.items()

@@ -23,7 +23,7 @@ from torch import nn
 
 from layercache.errors import LayerCacheError, ModelMismatchError, UnsupportedModelError
 from layercache.models._foreign import CALL_SLOT
-from layercache.models.adapters import Adapter, unwrap
+from layercache.models.adapters import Adapter, timeless_blocks, unwrap
 from layercache.models.calling import calling_pipeline
 from layercache.models.gates import Call, Gate, is_compiled
 from layercache.models.patching import Function, own_methods, wrap_method, wrappers
@@ -92,6 +92,8 @@ class PlanRun:
             for group, declared, blocks in placed(each, self.transformer, adapter):
                 for position in gate_positions(group, each.schedules[group.name]):
                     streams[blocks[position]] = declared.streams
+        for block in timeless_blocks(self.transformer, adapter):
+            streams[block] = ()
         self._gates += [Gate(block, partial(self._block, block), s) for block, s in streams.items()]
         names = sorted({str(group.block_list) for plan in self.plans for group in plan.groups})
         self._trace = Trace(self.transformer, adapter, names) if names else None
@@ -266,7 +268,7 @@ class PlanRun:
     def _block(
         self, block: nn.Module, inner: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A call of a block, which may be of a group of another plan of the set."""
+        """A call of a block, which may be of no group, or of one of another plan of the set."""
         session = self.context.session
         handler = None if session is None else session.units.handlers.get(block)
         return inner(*args, **kwargs) if handler is None else handler(inner, args, kwargs)

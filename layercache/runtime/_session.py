@@ -1,7 +1,7 @@
 """One scheduler's runs under a plan: which step a call belongs to, and what each unit does there.
 
-Decisions are made once per forward, at the root, from the plan alone. They never depend on data,
-so that processes of one parallel run agree without talking to each other.
+Decisions about units are made once per forward, at the root, from the plan alone. They never depend
+on data, so that processes of one parallel run agree without talking to each other.
 
 A pipeline has one session. A copy of it with a scheduler of its own (servers make one a request)
 has another, so that runs may be nested, interleaved or made by several threads.
@@ -149,7 +149,8 @@ class Session:
         self._called[branch] = True
         for group in units.groups:
             group.begin(step, branch)
-        output = self.run.traced(inner, args, kwargs)
+        with units.timeless.during(branch, kwargs):
+            output = self.run.traced(inner, args, kwargs)
         for group in units.groups:
             computed = group.end()
             if computed is not None:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from layercache.models.adapters import Adapter, BlockList, blocks_of
+from layercache.models.adapters import Adapter, BlockList, blocks_of, timeless_blocks
 from layercache.models.clock import Clock
 from layercache.models.gates import Handler
 from layercache.plan import Plan, UnitPlan
 from layercache.runtime._groups import Branch, GroupRunner
 from layercache.runtime._steps import StepRunner
+from layercache.runtime._timeless import TimelessBlocks
 
 
 def placed(
@@ -26,7 +27,8 @@ def placed(
 class Units:
     """The runners of a plan's units; the step has one also where the plan has no row for it.
 
-    `handlers` is what the gates of all blocks do.
+    `timeless` are the blocks that are no unit, since they see no timestep. `handlers` is what the
+    gates of all blocks do.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Units:
         ]
         self.by_name: dict[str, StepRunner | GroupRunner] = {self.step.name: self.step}
         self.by_name |= {runner.name: runner for runner in self.groups}
-        self.handlers: dict[nn.Module, Handler] = {}
+        self.timeless = TimelessBlocks(timeless_blocks(transformer, adapter))
+        self.handlers: dict[nn.Module, Handler] = dict(self.timeless.handlers)
         for runner in self.groups:
             self.handlers |= runner.handlers
 
@@ -53,18 +56,23 @@ class Units:
         """Start counting bytes anew."""
         for unit in self.by_name.values():
             unit.begin_run()
+        self.timeless.begin_run()
 
     def finish_step(self, step: int) -> None:
         """Free what no step after `step` reads."""
         for unit in self.by_name.values():
             unit.finish_step(step)
+        if step == self.plan.num_steps - 1:
+            self.timeless.flush()
 
     def flush(self, branch: Branch | None = None) -> None:
         """Drop what is held, of one branch or of all."""
         for unit in self.by_name.values():
             unit.flush(branch)
+        self.timeless.flush(branch)
 
     @property
     def held_bytes(self) -> int:
         """Bytes of all tensors held now."""
-        return sum(unit.held_bytes for unit in self.by_name.values())
+        units = sum(unit.held_bytes for unit in self.by_name.values())
+        return units + self.timeless.held_bytes

@@ -102,6 +102,9 @@ def test_slips_in_a_declaration_are_caught() -> None:
         BlockList("blocks", streams=("image", "image"), outputs=("image",))
     with pytest.raises(UnsupportedModelError, match="a tuple of BlockList"):
         Adapter("Name", ("blocks",))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match=r"\['blocks'\] as block_lists and as timeless"):
+        Adapter("Name", (ONE,), ("refiner", "blocks"))
+    assert Adapter("One", ONE, "refiner").timeless == ("refiner",)  # type: ignore[arg-type]
     # Lists and a bare BlockList mean what they say.
     listed = BlockList("blocks", streams=["image"], outputs=["image"])  # type: ignore[arg-type]
     assert listed == ONE and hash(listed) == hash(ONE)

@@ -159,6 +159,29 @@ def test_group_offloading_of_other_models(
     assert run.report().warnings == ()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["Lumina2Transformer2DModel", "ZImageTransformer2DModel"])
+def test_group_offloading_of_blocks_that_see_no_timestep(
+    name: str, level: str, tmp_path: Path, lost_weights: dict[str, int]
+) -> None:
+    layers = "n_refiner_layers" if name.startswith("Z") else "num_refiner_layers"
+    pipe = LoopPipeline(*build(name, **{layers: 2}))
+    uncached = pipe(STEPS)
+    plan = make_plan(pipe, STEPS, [step("#" * STEPS)])
+    offload(pipe.transformer, tmp_path, **LEVELS[level])
+    lost_weights["loads"] = 0
+    assert torch.equal(pipe(STEPS), uncached)
+    loads = lost_weights["loads"]
+    with apply_plan(pipe, plan) as run:
+        for _ in range(2):
+            lost_weights["loads"] = 0
+            assert torch.equal(pipe(STEPS), uncached)
+            assert run.report().timeless_reused == 2 * 2 * (STEPS - 1)
+    # A block is loaded all the same where the next one of its offload group may be computed.
+    shared = level in ("pairs", "all blocks")
+    assert lost_weights["loads"] == loads if shared else lost_weights["loads"] < loads
+
+
 # -- accelerate ------------------------------------------------------------------------------------
 
 
