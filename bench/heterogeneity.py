@@ -4,7 +4,7 @@
     python -m bench.heterogeneity --model main --groups 4 --prompts 4
     python -m bench.heterogeneity --model main --weights DIR      # of bench.reference.train
 
-The table of `layercache inspect`, from a calibration made for it (see `prediction/_paying.py`).
+The table of `layercache inspect`, from a calibration made for it (see `layercache/paying.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from bench.comparison.scenario import SCENARIOS
 from layercache.calibration import calibrate
-from layercache.prediction import paying
+from layercache.paying import paying
 
 
 @click.command()

@@ -33,13 +33,13 @@ from layercache.prediction import (
     Table,
     predicted_psnr,
     price,
-    resample,
     uncacheable,
 )
 from layercache.solver import SOLVERS, InfeasibleBudgetError, ScheduleProblem, ScheduleSolution
 from layercache.solver.dp import DynamicProgramme
 from layercache.solver.problem import BoolArray
 from layercache.stats import CalibrationStats
+from layercache.stats.resample import resample
 from layercache.verify import verify
 
 Progress = Callable[[int, int], None]

@@ -40,12 +40,13 @@ from layercache.evaluation.metrics import latent_psnr, psnr
 from layercache.models.pipelines import decodes, run_pipeline
 from layercache.models.stepping import moved_sample, tapped_step
 from layercache.plan import Budget, Plan, UnitPlan
-from layercache.prediction import DEPTH, predicted_psnr, resample
+from layercache.prediction import DEPTH, predicted_psnr
 from layercache.prediction.error import moves_as_euler
 from layercache.prediction.ridge import DECIMALS, fit_row
 from layercache.runtime import StepExecutor, apply_plan
 from layercache.runtime.arithmetic import affine
 from layercache.stats import CalibrationStats
+from layercache.stats.resample import resample
 from layercache.verify import recompute, verify
 
 Array = NDArray[np.float64]

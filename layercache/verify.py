@@ -23,8 +23,8 @@ import numpy as np
 from layercache._verify_error import Row, foretold, growths
 from layercache.errors import LayerCacheError
 from layercache.plan import Budget, Plan
-from layercache.prediction.resample import resample
 from layercache.stats import CalibrationStats, FloatArray
+from layercache.stats.resample import resample
 
 _AGREEMENT = 1e-6
 _COST_RTOL = 1e-9

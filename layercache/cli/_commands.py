@@ -45,8 +45,8 @@ from layercache.cli._running import evaluate, refine
 from layercache.cli._sharing import bundle, explore, push
 from layercache.cli._trial import trial
 from layercache.errors import LayerCacheError
+from layercache.paying import paying
 from layercache.plan import Plan
-from layercache.prediction import paying
 from layercache.stats import CalibrationStats, merge_all
 
 

@@ -19,8 +19,8 @@ from layercache._json import parse
 from layercache.choices import frontier
 from layercache.errors import LayerCacheError
 from layercache.options import Options
+from layercache.paying import paying
 from layercache.plan import Plan
-from layercache.prediction import paying
 from layercache.stats import CalibrationStats
 
 SHARES = (0.9, 0.8, 0.73, 0.65, 0.58, 0.5, 0.45, 0.4, 0.36, 0.33, 0.29, 0.25, 0.22, 0.2)

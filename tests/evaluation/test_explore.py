@@ -17,7 +17,7 @@ from PIL import Image
 from layercache import BudgetError, LayerCacheError, Plan
 from layercache.choices import frontier
 from layercache.evaluation.explore import explore_page
-from layercache.prediction import paying
+from layercache.paying import paying
 from layercache.stats import CalibrationStats
 from tests.prediction.oracle import polynomial_stats
 

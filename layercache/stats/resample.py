@@ -49,6 +49,30 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
         30
     """
     new = np.asarray(sigmas, dtype=np.float64)
+    low, share = _located(stats, new)
+    velocities = _mix(stats.velocities[:, low], stats.velocities[:, low + 1], share[:, None])
+    lags = _usable_lags(low, share, stats.max_lag)
+    deltas = _deltas_at(stats, low, share, lags)
+    return replace(
+        stats,
+        sigmas=new,
+        loads=stats.loads[low + (share > 0.5).astype(int)],
+        segments=_renumbered(stats.segments[low + (share > 0.5).astype(int)]),
+        velocities=velocities.astype(np.float32),
+        latents=_latents_at(stats, new),
+        deltas=deltas,
+        amplification=np.exp(
+            _mix(
+                np.log(stats.amplification[:, low]),
+                np.log(stats.amplification[:, low + 1]),
+                share,
+            )
+        ),
+    )
+
+
+def _located(stats: CalibrationStats, new: FloatArray) -> tuple[NDArray[np.intp], FloatArray]:
+    """`_locate` of the new steps, if they can be interpolated."""
     if new.ndim != 1 or len(new) < 2 or not np.isfinite(new).all():
         raise StatsError(f"sigmas has shape {new.shape}; it needs T+1 >= 2 finite values")
     if not (np.diff(new) < 0).all() or new[-1] != 0:
@@ -75,9 +99,14 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
             f"the last step of the new schedule starts at sigma {new[-2]:g}, more than a step "
             f"below the last calibrated one, {old[-2]:g}: calibrate with a schedule that goes there"
         )
-    velocities = _mix(stats.velocities[:, low], stats.velocities[:, low + 1], share[:, None])
-    lags = _usable_lags(low, share, stats.max_lag)
-    steps = len(new) - 1
+    return low, share
+
+
+def _deltas_at(
+    stats: CalibrationStats, low: NDArray[np.intp], share: FloatArray, lags: int
+) -> FloatArray:
+    """(P, T', G, M', S) deltas of the new steps."""
+    steps = len(low)
     shape = (stats.num_prompts, steps, stats.num_groups, lags, stats.velocities.shape[2])
     deltas = np.zeros(shape, dtype=np.float32)
     for step in range(1, steps):
@@ -92,22 +121,7 @@ def resample(stats: CalibrationStats, sigmas: FloatArray) -> CalibrationStats:
                     found, scale = _delta(stats, int(t), int(a))
                     value = value + weight_t * weight_a * scale * found
             deltas[:, step, :, lag - 1] = value
-    return replace(
-        stats,
-        sigmas=new,
-        loads=stats.loads[low + (share > 0.5).astype(int)],
-        segments=_renumbered(stats.segments[low + (share > 0.5).astype(int)]),
-        velocities=velocities.astype(np.float32),
-        latents=_latents_at(stats, new),
-        deltas=deltas,
-        amplification=np.exp(
-            _mix(
-                np.log(stats.amplification[:, low]),
-                np.log(stats.amplification[:, low + 1]),
-                share,
-            )
-        ),
-    )
+    return deltas
 
 
 def _renumbered(segments: FloatArray) -> FloatArray:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from layercache.errors import StatsError
-from layercache.prediction.resample import resample
 from layercache.stats import CalibrationStats
+from layercache.stats.resample import resample
 from tests.prediction.strategies import random_stats
 
 
