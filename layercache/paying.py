@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layercache.costs import cell_ms
-from layercache.prediction._cells import GroupCells
+from layercache.prediction import GroupCells
 from layercache.prediction.ridge import LeastSquares
 from layercache.stats import CalibrationStats, FloatArray
 

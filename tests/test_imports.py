@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "_card": {"plan"},
     "solver": {"errors"},
     "prediction": {"errors", "stats", "costs", "solver"},
-    "verify": {"errors", "stats", "plan", "prediction"},
+    "paying": {"stats", "costs", "prediction"},
+    "_verify_error": {"stats", "_plan_rows"},
+    "verify": {"errors", "stats", "plan", "_verify_error"},
     "_fit_rows": {"errors", "stats", "options", "plan", "prediction"},
     "compile": {
         "errors", "stats", "options", "costs", "plan", "_fit_rows", "solver", "prediction",
@@ -50,13 +52,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation": {
         "errors", "_json", "_write", "stats", "options", "costs", "plan", "prediction", "choices",
-        "models",
+        "models", "paying",
         "compile", "calibration", "runtime", "reference",
     },
     "cli": {
         "choices", "errors", "_json", "_write", "stats", "options", "plan", "plan_set", "compile",
         "prediction", "retarget", "models", "calibration", "runtime", "evaluation", "reference",
-        "refine",
+        "refine", "paying",
     },
     "__main__": {"cli"},
     "__init__": {"_version", "errors", "stats", "plan", "plan_set", "options", "compile"},
@@ -65,7 +67,8 @@ TORCH_FREE = (
     "errors", "_json", "_write", "stats", "options", "_plan_rows", "_plan_parts", "costs", "_hub",
     "_version", "_card", "_json_file",
     "plan", "plan_set", "solver", "prediction",
-    "verify", "_fit_rows", "compile", "choices", "retarget", "cli", "__init__",
+    "verify", "_verify_error", "paying", "_fit_rows", "compile", "choices", "retarget", "cli",
+    "__init__",
 )  # fmt: skip
 HEAVY = {"torch", "diffusers", "transformers", "torchmetrics", "matplotlib", "PIL"}
 

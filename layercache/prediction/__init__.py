@@ -6,6 +6,7 @@
 - `anneal`, `moves`, `search`: schedules that make the score small
 """
 
+from layercache.prediction._cells import GroupCells
 from layercache.prediction._moves import Table
 from layercache.prediction._prices import STEP_LAGS, price, uncacheable
 from layercache.prediction._search import Search
@@ -16,6 +17,7 @@ __all__ = [
     "STEP_LAGS",
     "ErrorModel",
     "Fit",
+    "GroupCells",
     "Search",
     "Table",
     "predicted_psnr",

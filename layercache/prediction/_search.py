@@ -124,7 +124,7 @@ class Search:
         best = self.best(budget_ms)
         if best is None:
             return []
-        levels = self._found[: self._fine_level(budget_ms) : self.effort.parts]
+        levels = self._found[: self._fine_level(budget_ms)]
         close = [found for found in [best, *levels[::-1]] if found is not None]
         close = [found for found in close if found.score <= best.score + rise]
         return list({found.computed.tobytes(): found for found in close}.values())

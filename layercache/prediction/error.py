@@ -47,12 +47,13 @@ Statistics of mode `"residual"` know no directions between groups: x_g is 0 then
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from layercache.prediction._cells import Cell, GroupCells
 from layercache.prediction._responses import Responses
+from layercache.prediction._states import Cells, Passed, State, Stretch
 from layercache.prediction._vectors import fold, short
 from layercache.prediction.ridge import DECIMALS, LeastSquares, quick_fit
 from layercache.solver.problem import BoolArray
@@ -67,59 +68,6 @@ both ends of a straight path."""
 SKETCH = 64
 """Numbers that a vector is folded to while schedules with cached groups are searched."""
 _TRAILS = 3
-
-Cells = tuple[tuple[int, tuple[int, ...]], ...]
-"""The cached groups of a computed step, with the steps that each reads."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A computed step and those until the next: what one row of taps is responsible for.
-
-    `moved` says whether the plan moves the latent: from the first skipped step on, and under
-    Euler's method, whose own moves are the same, from the first cached group on. Before, the
-    sampler does. Where that calls the model twice a step, the plan always does.
-    """
-
-    start: int
-    stop: int
-    cells: Cells
-    moved: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Passed:
-    """The computed steps that a row may read, latest first: h of them.
-
-    Attributes:
-        vectors: (h, 3, P, N) velocity, and S on arriving there, growth along and turned.
-        sizes: (h, 3, P) of what is known by its size only: I, and D, along and turned.
-        last: Which step the latest is.
-    """
-
-    vectors: FloatArray
-    sizes: FloatArray
-    last: int
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """On arriving at a step.
-
-    Attributes:
-        error: (2, P, N) S, growth along and turned.
-        drift: (2, P) D.
-        passed: The computed steps before.
-        taps: Of the last one.
-        changes: x (G, P, N) of the steps before at which groups were cached and that a residual may
-            yet be read of.
-    """
-
-    error: FloatArray
-    drift: FloatArray
-    passed: _Passed
-    taps: tuple[float, ...] = ()
-    changes: Mapping[int, FloatArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,9 +150,9 @@ class ErrorModel:
         self.responses = Responses(stats) if measured else None
         self._velocities: dict[tuple[int, Cells], tuple[FloatArray, FloatArray]] = {}
         empty = np.zeros((0, 3, *self.velocities.shape[1:]))
-        self._none = _Passed(empty, empty[..., 0], -1)
+        self._none = Passed(empty, empty[..., 0], -1)
         self._rises: dict[tuple[int, int], float] = {}
-        self._trails: list[list[tuple[Stretch, _State]]] = []
+        self._trails: list[list[tuple[Stretch, State]]] = []
 
     def fit(self, computed: BoolArray) -> Fit:
         """Taps of a schedule, and the error that they leave."""
@@ -259,15 +207,15 @@ class ErrorModel:
             found.append(Stretch(start, stop, tuple(cells), moved))
         return found
 
-    def _error(self, state: _State) -> FloatArray:
+    def _error(self, state: State) -> FloatArray:
         """(P,) squared error per element: the geometric mean of growth along and turned."""
         along, turned = np.einsum("kpn,kpn->kp", state.error, state.error) + state.drift
         error: FloatArray = np.sqrt(along * turned) * (self.growth[-1] ** 2 / self.numel)
         return error
 
-    def _walk(self, stretches: Sequence[Stretch]) -> list[tuple[Stretch, _State]]:
+    def _walk(self, stretches: Sequence[Stretch]) -> list[tuple[Stretch, State]]:
         """The states after each stretch; those that a schedule seen before shares are kept."""
-        best: list[tuple[Stretch, _State]] = []
+        best: list[tuple[Stretch, State]] = []
         for trail in self._trails:
             shared = 0
             for (known, _), stretch in zip(trail, stretches, strict=False):
@@ -283,7 +231,7 @@ class ErrorModel:
             state = best[-1][1]
         else:
             prompts, size = self.velocities.shape[1:]
-            state = _State(np.zeros((2, prompts, size)), np.zeros((2, prompts)), self._none)
+            state = State(np.zeros((2, prompts, size)), np.zeros((2, prompts)), self._none)
         trail = list(best)
         for stretch in stretches[len(best) :]:
             state = self._advance(state, stretch)
@@ -321,7 +269,7 @@ class ErrorModel:
             self._velocities[key] = velocity, np.maximum(sizes**2 - squares, 0.0)
         return self._velocities[key]
 
-    def _advance(self, state: _State, stretch: Stretch) -> _State:
+    def _advance(self, state: State, stretch: Stretch) -> State:
         start, stop = stretch.start, stretch.stop
         length = self.sigmas[stop] - self.sigmas[start]
         grown = self.growth[start] / self.growth[stop]
@@ -342,11 +290,11 @@ class ErrorModel:
         passed = self._none
         if self.depth:
             vectors, sizes = earlier.vectors[: self.depth - 1], earlier.sizes[: self.depth - 1]
-            passed = _Passed(
+            passed = Passed(
                 np.concatenate([here[None], vectors]), np.concatenate([known[None], sizes]), start
             )
         if not stretch.moved or not count or self.predictor == "reuse":
-            return _State(error, drift + length**2 * unsure, passed, changes=changes)
+            return State(error, drift + length**2 * unsure, passed, changes=changes)
         between = here - earlier.vectors
         moves = length * between[:, 0]
         prior: FloatArray = np.zeros(count)
@@ -361,7 +309,7 @@ class ErrorModel:
         apart += earlier.sizes[:, :1]
         doubt = (taps**2 @ apart.reshape(count, -1)).reshape(drift.shape)
         drift += length**2 * ((1 + taps.sum()) ** 2 * unsure + doubt)
-        return _State(error, drift, passed, tuple(taps.tolist()) if taps.any() else (), changes)
+        return State(error, drift, passed, tuple(taps.tolist()) if taps.any() else (), changes)
 
     def _prior(self, stretch: Stretch, before: int) -> float:
         """The published predictor's tap: the mean of its predictions over the stretch."""
