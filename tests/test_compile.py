@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from layercache import Budget, BudgetError, CalibrationStats, LayerCacheError, Plan, compile_plan
 from layercache._fit_rows import rows_of
-from layercache.compile import pareto
+from layercache.compile import Compiler, pareto
 from layercache.errors import OptionError, StatsError
 from layercache.options import PREDICTORS, SOLVERS, Options
 from layercache.plan import COMPUTED, Certificate
@@ -229,6 +229,19 @@ def test_pareto_is_compile_plan_for_every_budget() -> None:
     assert pareto(stats, [0.7], options)[0] == compile_plan(
         stats, 0.7, units=("step",), solver="dp"
     )
+
+
+def test_groups_alone_start_from_schedules_of_whole_steps() -> None:
+    """With all groups cached where those skip a step; the plan is at least as good."""
+    stats = random_stats(5, steps=14)
+    compiler = Compiler(stats, Options(units=("groups",)))
+    ((_, search),) = compiler._searches
+    limit = search.budgets_ms[4 * search.effort.parts - 1]
+    proposed = [table for table in search.propose(limit) if search.table.fits(table, limit)]
+    at_once = [t for t in proposed if (t[:, 1:] == t[:, 1:2]).all() and not t[:, 1].all()]
+    assert at_once and all(table[:, 0].all() for table in at_once)
+    best = search.best(limit)
+    assert best is not None and best.score <= min(search.score(table) for table in at_once)
 
 
 @pytest.mark.parametrize("units", UNITS)
