@@ -190,30 +190,56 @@ def collect(
     finally:
         run.kept.close()
     velocities, latents = _sketches(run, sketch)
+    shared = _Shared(velocities, latents, gain, amplification, sketch.numel, call)
     return {
-        name: Measured(
-            sigmas=run.levels,
-            passes=run.passes,
-            loads=run.loads(name)[run.first],
-            segments=_renumbered(run.segments(name)[run.first]),
-            velocities=velocities,
-            latents=latents,
-            deltas=tables[name][:, run.first],
-            responses=deltas[name].responses(),
-            response_sigmas=np.array([run.levels[step] for step in jobs.joint_steps]),
-            times_ms=np.tile(_times(run, performers, name), (size, 1)),
-            image_gain=gain,
-            amplification=amplification,
-            group_bytes=_most_bytes(run, name, size),
-            velocity_bytes=run.velocities[0].nbytes // size,
-            output_bytes=max(s.output_bytes for s in run.calls if s.component == name) // size,
-            numel=sketch.numel,
-            latent_shape=tuple(run.velocities[0].shape[1:]),
-            pixels=(call["width"], call["height"]) if {"width", "height"} <= set(call) else None,
-            branches=max(len(s.shapes) for s in run.calls if s.component == name),
-        )
-        for name in performers
+        name: _measured(run, performers, found, tables[name], shared)
+        for name, found in deltas.items()
     }
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What a batch gives for every component alike."""
+
+    velocities: NDArray[np.float32]
+    latents: NDArray[np.float32]
+    image_gain: NDArray[np.float64]
+    amplification: NDArray[np.float64]
+    numel: int
+    call: dict[str, Any]
+
+
+def _measured(
+    run: Run,
+    performers: Performers,
+    found: _Deltas,
+    table: NDArray[np.float32],
+    shared: _Shared,
+) -> Measured:
+    """What a batch gave for one component."""
+    name, jobs, call, prompts = found.component, found.jobs, shared.call, len(shared.velocities)
+    calls = [step for step in run.calls if step.component == name]
+    return Measured(
+        sigmas=run.levels,
+        passes=run.passes,
+        loads=run.loads(name)[run.first],
+        segments=_renumbered(found.segments[run.first]),
+        velocities=shared.velocities,
+        latents=shared.latents,
+        deltas=table[:, run.first],
+        responses=found.responses(),
+        response_sigmas=np.array([run.levels[step] for step in jobs.joint_steps]),
+        times_ms=np.tile(_times(run, performers, name), (prompts, 1)),
+        image_gain=shared.image_gain,
+        amplification=shared.amplification,
+        group_bytes=_most_bytes(run, name, prompts),
+        velocity_bytes=run.velocities[0].nbytes // prompts,
+        output_bytes=max(step.output_bytes for step in calls) // prompts,
+        numel=shared.numel,
+        latent_shape=tuple(run.velocities[0].shape[1:]),
+        pixels=(call["width"], call["height"]) if {"width", "height"} <= set(call) else None,
+        branches=max(len(step.shapes) for step in calls),
+    )
 
 
 def require_explained(run: Run) -> None:
