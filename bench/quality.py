@@ -1,7 +1,8 @@
 """PSNR of plans at fixed shares of compute, seen on validation prompts and predicted.
 
     python -m bench.quality --folder FOLDER [--weights DIR] [--json FILE] [--quick]
-        [--settings 50 28] [--units step groups] [--shares 0.73 0.50] [--no-responses]
+        [--settings 50 28] [--units step groups] [--shares 0.73 0.50]
+        [--solver greedy --predictor published] [--no-responses]
 
 For each setting of the reference model (50 steps with guidance, 28 without) statistics of
 calibration prompts are measured, default plans and plans of groups alone are compiled from them at
@@ -34,6 +35,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from layercache import Budget, CalibrationStats, Plan, compile_plan
 from layercache.calibration import calibrate
 from layercache.errors import BudgetError
+from layercache.options import PREDICTORS, SOLVERS
 from layercache.reference import call_arguments, load_pipeline, prompts
 from layercache.reference.pipeline import WEIGHTS
 from layercache.runtime import apply_plan
@@ -216,6 +218,8 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--units", nargs="+", choices=("step", "groups"), help="of one kind alone")
     parser.add_argument("--shares", nargs="+", type=float, help="of full compute")
+    parser.add_argument("--predictor", choices=PREDICTORS, default="fitted")
+    parser.add_argument("--solver", choices=SOLVERS, default="search")
     parser.add_argument("--no-responses", action="store_true", help="groups as measured one by one")
     chosen = parser.parse_args()
     log = functools.partial(print, flush=True)
@@ -232,6 +236,7 @@ def main() -> None:
             name,
             chosen.folder,
             shares=shares,
+            options={"predictor": chosen.predictor, "solver": chosen.solver},
             responses=not chosen.no_responses,
             log=log,
         )
