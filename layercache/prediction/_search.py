@@ -54,11 +54,9 @@ def effort_for(table: Table) -> Effort:
     Evaluations are slower where groups are cached, and schedules there have many more cells.
     """
     # Both the levels and the time of an evaluation grow with the steps.
-    longer = table.steps / 28
-    every = max(1, round(1.25 * longer**2))
+    every = max(1, round(4 * (table.steps / 50) ** 2))
     if not table.groups:
-        grown, between, fresh = (round(count / longer) for count in (1200, 80, 20))
-        return Effort(1, 1, every, grown, between, fresh)
+        return Effort(stride=1, parts=1, every=every, grown=1200, between=80, fresh=20)
     parts = 2 * (len(table.groups) + 1)
     return Effort(stride=2, parts=parts, every=every, grown=120, between=30, fresh=15)
 
