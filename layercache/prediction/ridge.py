@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.lapack import dposv
 
 Array = NDArray[np.floating[Any]]
 
@@ -124,7 +125,9 @@ def quick_fit(rest: Array, moves: Array, prior: Array) -> Array:
     flat = (moves * scale).reshape(count, -1)
     normal = flat @ flat.T
     normal.flat[:: count + 1] += np.maximum(QUICK_RIDGE * normal.diagonal(), _TINY)
-    taps: Array = prior - np.linalg.solve(normal, flat @ (rest * scale).ravel())
+    # A tenth of the time of numpy's own, which counts for systems of four.
+    _, found, _ = dposv(normal, flat @ (rest * scale).ravel())
+    taps: Array = prior - found
     return taps
 
 
