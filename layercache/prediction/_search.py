@@ -8,6 +8,10 @@ which a search that starts afresh needs ten times as many evaluations to reach.
 
 Between two levels cells are added at finer levels, one after the other, in the same way.
 
+Where the best schedules cache no group, a search with groups finds nothing that one of whole steps
+does not. So after n levels in a row whose best caches none, the next n levels are not annealed but
+grown into, as finer levels are: on a model where groups never pay, some 7 of 25 levels are searched.
+
 The best of a search is the best of what it met. Nothing is proven about it.
 """
 
@@ -35,7 +39,7 @@ class Effort:
             length: one long annealing finds more than four short ones.
         grown: Neighbours drawn from it there.
         between: Neighbours drawn from it at the levels between.
-        fresh: Neighbours drawn from every other start.
+        fresh: Neighbours drawn from every other start; with none, the start alone counts.
     """
 
     stride: int
@@ -54,7 +58,7 @@ def effort_for(table: Table) -> Effort:
     # Both the levels and the time of an evaluation grow with the steps.
     every = max(1, round(4 * (table.steps / 50) ** 2))
     if not table.groups:
-        return Effort(stride=1, parts=1, every=every, grown=1200, between=80, fresh=20)
+        return Effort(stride=1, parts=1, every=every, grown=300, between=20, fresh=0)
     parts = 2 * (len(table.groups) + 1)
     return Effort(stride=2, parts=parts, every=every, grown=120, between=30, fresh=15)
 
@@ -142,6 +146,7 @@ class Search:
     def _run(self) -> Iterator[Found | None]:
         """What `best` finds at each fine level, from the first on."""
         grown: Found | None = None
+        idle = passed_over = 0
         parts, budgets = self.effort.parts, self.budgets_ms
         for fine in range(1, self._fine + 1):
             budget = budgets[fine - 1]
@@ -149,8 +154,19 @@ class Search:
                 grown = self._grow(grown, budget)
             if fine % parts == 0:
                 self.on_level(fine // parts, self._fine // parts)
-                grown = self._level(grown, budget, fine)
+                if passed_over < idle and fine < self._fine:
+                    passed_over += 1
+                else:
+                    grown = self._level(grown, budget, fine)
+                    idle = idle + 1 if self._of_steps(grown) else 0
+                    passed_over = 0
             yield grown
+
+    def _of_steps(self, found: Found | None) -> bool:
+        """Whether groups may be cached and none is."""
+        if found is None or not self.table.groups:
+            return False
+        return bool((found.computed == found.computed[:, :1]).all())
 
     def _level(self, grown: Found | None, budget: float, seed: int) -> Found | None:
         """The best that annealing finds at a level, or what grew out of the level before."""
@@ -189,7 +205,7 @@ class Search:
         """With the best cells added, one after the other, for as long as they fit (and help)."""
         while True:
             additions = self.table.additions(found.computed, budget)
-            if len(additions) > 4 * FEW and self.table.groups:
+            if len(additions) > 4 * FEW:
                 additions = self._promising(found.computed, additions)
             scored = [(self.score(addition), addition) for addition in additions]
             if not scored:
