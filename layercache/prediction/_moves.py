@@ -69,14 +69,13 @@ class Table:
         run = np.flatnonzero(computed[:, 0])
         if np.diff(np.append(run, self.steps)).max() > self.step_reach + 1:
             return False
-        for group in range(computed.shape[1] - 1):
-            own = computed[run, 1 + group]
-            if not own.all():
-                if group not in self.groups:
-                    return False
-                anchors = np.maximum.accumulate(np.where(own, run, 0))
-                if (run - anchors).max() > self.group_reach:
-                    return False
+        own = computed[run, 1:]
+        for group in np.flatnonzero(~own.all(axis=0)).tolist():
+            if group not in self.groups:
+                return False
+            anchors = np.maximum.accumulate(np.where(own[:, group], run, 0))
+            if (run - anchors).max() > self.group_reach:
+                return False
         return True
 
     def uniform(self, budget_ms: float) -> list[BoolArray]:
@@ -222,8 +221,8 @@ def _near(step: int, targets: IntArray, rng: np.random.Generator) -> int | None:
     """
     if not len(targets):
         return None
-    weights = np.maximum(np.abs(targets - step), 1.0) ** -2
-    return int(rng.choice(targets, p=weights / weights.sum()))
+    reached = np.cumsum(np.maximum(np.abs(targets - step), 1.0) ** -2)
+    return int(targets[np.searchsorted(reached, rng.random() * reached[-1])])
 
 
 def _with(computed: BoolArray, place: tuple[Any, ...], value: bool) -> BoolArray:

@@ -58,7 +58,7 @@ def effort_for(table: Table) -> Effort:
     # Both the levels and the time of an evaluation grow with the steps.
     every = max(1, round(4 * (table.steps / 50) ** 2))
     if not table.groups:
-        return Effort(stride=1, parts=1, every=every, grown=300, between=20, fresh=0)
+        return Effort(stride=1, parts=1, every=every, grown=250, between=20, fresh=0)
     parts = 2 * (len(table.groups) + 1)
     return Effort(stride=2, parts=parts, every=every, grown=120, between=30, fresh=15)
 
