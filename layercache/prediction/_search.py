@@ -35,18 +35,14 @@ class Effort:
     Attributes:
         stride: Levels are so many steps apart.
         parts: Finer levels from one level to the next.
-        every: At every so many levels the schedule that grew out of the level before is annealed at
-            length: one long annealing finds more than four short ones.
-        grown: Neighbours drawn from it there.
-        between: Neighbours drawn from it at the levels between.
+        grown: Neighbours drawn from the schedule that grew out of the level before, if all steps
+            are computed; as many times more as fewer are, for an evaluation takes as much less.
         fresh: Neighbours drawn from every other start; with none, the start alone counts.
     """
 
     stride: int
     parts: int
-    every: int
     grown: int
-    between: int
     fresh: int
 
 
@@ -55,12 +51,10 @@ def effort_for(table: Table) -> Effort:
 
     Evaluations are slower where groups are cached, and schedules there have many more cells.
     """
-    # Both the levels and the time of an evaluation grow with the steps.
-    every = max(1, round(4 * (table.steps / 50) ** 2))
     if not table.groups:
-        return Effort(stride=1, parts=1, every=every, grown=250, between=20, fresh=0)
-    parts = 2 * (len(table.groups) + 1)
-    return Effort(stride=2, parts=parts, every=every, grown=120, between=30, fresh=15)
+        # Both the levels and the time of an evaluation grow with the steps.
+        return Effort(stride=1, parts=1, grown=round(40 * (50 / table.steps) ** 2), fresh=0)
+    return Effort(stride=2, parts=2 * (len(table.groups) + 1), grown=50, fresh=15)
 
 
 FEW = 6
@@ -177,9 +171,8 @@ class Search:
         if grown is not None:
             # Up to the level even where that helps only after something has moved.
             used_up = self._grow(grown, budget, always=True)
-            level = seed // self.effort.parts
-            trials = self.effort.grown if level % self.effort.every == 0 else self.effort.between
-            starts.append((used_up.computed, trials))
+            taken = int(used_up.computed[:, 0].sum()) / table.steps
+            starts.append((used_up.computed, round(self.effort.grown / taken)))
         fresh = distinct([*table.uniform(budget), *self.propose(budget)])
         starts += [(start, self.effort.fresh) for start in fresh]
         results = [(grown.computed, grown.score)] if grown is not None else []
