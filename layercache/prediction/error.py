@@ -192,13 +192,13 @@ class ErrorModel:
         starts = np.flatnonzero(computed[:, 0]).tolist()
         stops = [*starts[1:], self.steps]
         done: list[list[int]] = [[] for _ in range(computed.shape[1] - 1)]
-        found, moved = [], self.twice
+        found, moved, rows = [], self.twice, computed[:, 1:].tolist()
         for start, stop in zip(starts, stops, strict=True):
             if self.begins[start]:
                 done = [[] for _ in done]
             cells = []
-            for group, before in enumerate(done):
-                if computed[start, 1 + group]:
+            for group, (own, before) in enumerate(zip(rows[start], done, strict=True)):
+                if own:
                     before.append(start)
                 else:
                     assert self.groups is not None
