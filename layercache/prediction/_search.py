@@ -12,7 +12,7 @@ cell more can do harm where two do good.
 
 Where the best schedules cache no group, a search with groups finds nothing that one of whole steps
 does not. So after n levels in a row whose best caches none, the next n levels are not annealed but
-grown into, as finer levels are: on a model where groups never pay, some 7 of 25 levels are searched.
+grown into, as finer levels are: where groups never pay, some 7 of 25 levels are searched.
 
 The best of a search is the best of what it met. Nothing is proven about it.
 """
