@@ -139,7 +139,7 @@ class Compiler:
             )
         self.stats, self.options = stats, options
         self.forced = uncacheable(stats) | frozenset(options.forced)
-        self._models: dict[tuple[int, bool], ErrorModel] = {}
+        self._models: dict[int, ErrorModel] = {}
         self._fitted: dict[tuple[int, bytes], Fit] = {}
 
     def plan(self, budget: Budget) -> Plan:
@@ -229,12 +229,10 @@ class Compiler:
         rows = [run] + [columns.get(group.name, run) for group in self.stats.groups]
         return np.array(rows).T
 
-    def _model(self, depth: int, groups: bool) -> ErrorModel:
-        key = depth, groups
-        if key not in self._models:
-            predictor = self.options.predictor
-            self._models[key] = ErrorModel(self.stats, predictor, depth, groups=groups)
-        return self._models[key]
+    def _model(self, depth: int) -> ErrorModel:
+        if depth not in self._models:
+            self._models[depth] = ErrorModel(self.stats, self.options.predictor, depth)
+        return self._models[depth]
 
     # -- the search ---------------------------------------------------------------------------
 
@@ -346,8 +344,7 @@ class Compiler:
     def _fit(self, depth: int, computed: BoolArray) -> Fit:
         key = depth, computed.tobytes()
         if key not in self._fitted:
-            groups = bool((computed[:, :1] & ~computed).any())
-            self._fitted[key] = self._model(depth, groups).fit(computed)
+            self._fitted[key] = self._model(depth).fit(computed)
         return self._fitted[key]
 
     def _fits(self, fit: Fit) -> bool:

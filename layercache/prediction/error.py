@@ -101,8 +101,8 @@ class ErrorModel:
         stats: Calibration statistics.
         predictor: `"fitted"`, `"published"` or `"reuse"`.
         depth: Most earlier computed values that a prediction reads.
-        quick: For a search: deltas are folded, and taps have one ridge.
-        groups: Whether groups may be cached; without, vectors are as short as they can be.
+        quick: For a search: vectors are made short, and taps have one ridge.
+        groups: Whether groups may be cached; a search without needs less.
 
     Example:
         >>> model = ErrorModel(stats)  # doctest: +SKIP
@@ -136,7 +136,7 @@ class ErrorModel:
         else:
             moves = np.diff(np.asarray(stats.latents, dtype=np.float64), axis=1)
         deltas = np.asarray(stats.deltas) if groups else None
-        if deltas is None:
+        if quick and deltas is None:
             vectors = short(np.concatenate([velocities, moves], axis=1))
             velocities, moves = vectors[:, : self.steps], vectors[:, self.steps :]
         elif quick:
