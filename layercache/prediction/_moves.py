@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from layercache.solver.problem import BUDGET_RTOL, BoolArray, FloatArray, IntArray
+from layercache.solver.problem import BUDGET_RTOL, BoolArray, FloatArray
 
+NEAR = (1, -1, 2, -2, 3, -3)
+NEAR_SHARE = 0.6
 FEW_STEPS = 8
 """Of so few steps besides fixed ones all schedules are tried that skip whole steps."""
 
@@ -69,13 +71,14 @@ class Table:
         run = np.flatnonzero(computed[:, 0])
         if np.diff(np.append(run, self.steps)).max() > self.step_reach + 1:
             return False
-        own = computed[run, 1:]
-        for group in np.flatnonzero(~own.all(axis=0)).tolist():
-            if group not in self.groups:
-                return False
-            anchors = np.maximum.accumulate(np.where(own[:, group], run, 0))
-            if (run - anchors).max() > self.group_reach:
-                return False
+        for group in range(computed.shape[1] - 1):
+            own = computed[run, 1 + group]
+            if not own.all():
+                if group not in self.groups:
+                    return False
+                anchors = np.maximum.accumulate(np.where(own, run, 0))
+                if (run - anchors).max() > self.group_reach:
+                    return False
         return True
 
     def uniform(self, budget_ms: float) -> list[BoolArray]:
@@ -148,8 +151,8 @@ class Table:
         if not len(movable):
             return None
         step = int(movable[rng.integers(len(movable))])
-        target = _near(step, np.flatnonzero(~computed[:, 0]), rng)
-        if target is None:
+        target = self._near(step, rng)
+        if not 0 <= target < self.steps or computed[target, 0]:
             return None
         moved = computed.copy()
         moved[target], moved[step] = computed[step], False
@@ -164,9 +167,8 @@ class Table:
         if not len(movable):
             return None
         step = int(movable[rng.integers(len(movable))])
-        cached = np.flatnonzero(computed[:, 0] & ~computed[:, 1 + other])
-        target = _near(step, cached, rng)
-        if target is None:
+        target = self._near(step, rng) if rng.random() < NEAR_SHARE else step
+        if not 0 <= target < self.steps or not computed[target, 0] or computed[target, 1 + other]:
             return None
         moved = _with(computed, (step, 1 + group), False)
         moved[target, 1 + other] = True
@@ -213,16 +215,10 @@ class Table:
                 room -= cost
         return computed
 
-
-def _near(step: int, targets: IntArray, rng: np.random.Generator) -> int | None:
-    """One of some steps, drawn with a probability that falls as the squared distance.
-
-    Most moves that are taken are short; a power law tries all lengths without a scale of its own.
-    """
-    if not len(targets):
-        return None
-    reached = np.cumsum(np.maximum(np.abs(targets - step), 1.0) ** -2)
-    return int(targets[np.searchsorted(reached, rng.random() * reached[-1])])
+    def _near(self, step: int, rng: np.random.Generator) -> int:
+        if rng.random() < NEAR_SHARE:
+            return step + NEAR[int(rng.integers(len(NEAR)))]
+        return int(rng.integers(self.steps))
 
 
 def _with(computed: BoolArray, place: tuple[Any, ...], value: bool) -> BoolArray:

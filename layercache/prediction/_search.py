@@ -10,10 +10,6 @@ Between two levels cells are added at finer levels, one after the other, in the 
 groups may be cached and that leaves much of a finer level unused, it is searched as a level is: one
 cell more can do harm where two do good.
 
-Where the best schedules cache no group, a search with groups finds nothing that one of whole steps
-does not. So after n levels in a row whose best caches none, the next n levels are not annealed but
-grown into, as finer levels are: where groups never pay, some 7 of 25 levels are searched.
-
 The best of a search is the best of what it met. Nothing is proven about it.
 """
 
@@ -37,14 +33,18 @@ class Effort:
     Attributes:
         stride: Levels are so many steps apart.
         parts: Finer levels from one level to the next.
-        grown: Neighbours drawn from the schedule that grew out of the level before, if all steps
-            are computed; as many times more as fewer are, for an evaluation takes as much less.
-        fresh: Neighbours drawn from every other start; with none, the start alone counts.
+        every: At every so many levels the schedule that grew out of the level before is annealed at
+            length: one long annealing finds more than four short ones.
+        grown: Neighbours drawn from it there.
+        between: Neighbours drawn from it at the levels between.
+        fresh: Neighbours drawn from every other start.
     """
 
     stride: int
     parts: int
+    every: int
     grown: int
+    between: int
     fresh: int
 
 
@@ -53,10 +53,12 @@ def effort_for(table: Table) -> Effort:
 
     Evaluations are slower where groups are cached, and schedules there have many more cells.
     """
+    # Both the levels and the time of an evaluation grow with the steps.
+    every = max(1, round(4 * (table.steps / 50) ** 2))
     if not table.groups:
-        # Both the levels and the time of an evaluation grow with the steps.
-        return Effort(stride=1, parts=1, grown=round(40 * (50 / table.steps) ** 2), fresh=0)
-    return Effort(stride=2, parts=2 * (len(table.groups) + 1), grown=50, fresh=15)
+        return Effort(stride=1, parts=1, every=every, grown=1200, between=80, fresh=20)
+    parts = 2 * (len(table.groups) + 1)
+    return Effort(stride=2, parts=parts, every=every, grown=120, between=30, fresh=15)
 
 
 FEW = 6
@@ -145,7 +147,6 @@ class Search:
     def _run(self) -> Iterator[Found | None]:
         """What `best` finds at each fine level, from the first on."""
         grown: Found | None = None
-        idle = passed_over = 0
         parts, budgets = self.effort.parts, self.budgets_ms
         for fine in range(1, self._fine + 1):
             budget = budgets[fine - 1]
@@ -153,21 +154,9 @@ class Search:
                 grown = self._grow(grown, budget)
             if fine % parts == 0:
                 self.on_level(fine // parts, self._fine // parts)
-                if passed_over < idle and fine < self._fine:
-                    passed_over += 1
-                else:
-                    grown = self._level(grown, budget, fine)
-                    idle = idle + 1 if self._of_steps(grown) else 0
-                    passed_over = 0
-            elif self._slack(grown, budget):
+            if fine % parts == 0 or self._slack(grown, budget):
                 grown = self._level(grown, budget, fine)
             yield grown
-
-    def _of_steps(self, found: Found | None) -> bool:
-        """Whether groups may be cached and none is."""
-        if found is None or not self.table.groups:
-            return False
-        return bool((found.computed == found.computed[:, :1]).all())
 
     def _slack(self, found: Found | None, budget: float) -> bool:
         """Whether much is left of a budget that no one cell more would use well."""
@@ -184,8 +173,9 @@ class Search:
         if grown is not None:
             # Up to the level even where that helps only after something has moved.
             used_up = self._grow(grown, budget, always=True)
-            taken = int(used_up.computed[:, 0].sum()) / table.steps
-            starts.append((used_up.computed, round(self.effort.grown / taken)))
+            long = seed % (self.effort.parts * self.effort.every) == 0
+            trials = self.effort.grown if long else self.effort.between
+            starts.append((used_up.computed, trials))
         fresh = distinct([*table.uniform(budget), *self.propose(budget)])
         starts += [(start, self.effort.fresh) for start in fresh]
         results = [(grown.computed, grown.score)] if grown is not None else []
@@ -211,7 +201,7 @@ class Search:
         """With the best cells added, one after the other, for as long as they fit (and help)."""
         while True:
             additions = self.table.additions(found.computed, budget)
-            if len(additions) > 4 * FEW:
+            if len(additions) > 4 * FEW and self.table.groups:
                 additions = self._promising(found.computed, additions)
             scored = [(self.score(addition), addition) for addition in additions]
             if not scored:
