@@ -5,9 +5,10 @@
         [--solver greedy --predictor published] [--no-responses]
 
 For each setting of the reference model (50 steps with guidance, 28 without) statistics of
-calibration prompts are measured, default plans and plans of groups alone are compiled from them at
-fixed shares of the transformer's compute, and each runs on validation prompts. PSNR in dB against
-the uncached images of the same noise: mean, median and worst over prompts.
+calibration prompts are measured, plans (by default, of whole steps and of groups alone) are
+compiled from them at fixed shares of the transformer's compute, and each runs on validation
+prompts. PSNR in dB against the uncached images of the same noise: mean, median and worst over
+prompts.
 
 It answers whether a change of LayerCache made plans better or worse, so it uses what a user has
 and nothing else: `calibrate`, `compile_plan`, `apply_plan`. `FOLDER` keeps statistics and uncached

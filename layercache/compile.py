@@ -29,6 +29,7 @@ from layercache.prediction import (
     STEP_LAGS,
     ErrorModel,
     Fit,
+    Propose,
     Search,
     Table,
     predicted_psnr,
@@ -43,7 +44,6 @@ from layercache.stats.resample import resample
 from layercache.verify import verify
 
 Progress = Callable[[int, int], None]
-Propose = Callable[[float], list[BoolArray]]
 NEAR = 1.0
 """Schedules of lower levels whose quick scores are so close (10 dB) are fitted in full too, and
 what is foretold best is taken: a larger budget is then never foretold worse."""
@@ -293,7 +293,8 @@ class Compiler:
         def propose(budget_ms: float) -> list[BoolArray]:
             found = []
             if steps is not None:
-                room = (budget_ms - rest) / (full - rest) * full if at_once else budget_ms
+                # Of a step whose groups are all cached, the rest is spent all the same.
+                room = budget_ms - rest * (full - budget_ms) / (full - rest or 1.0) * at_once
                 best = steps.best(room)
                 if best is not None:
                     schedule = best.computed.copy()

@@ -244,6 +244,17 @@ def test_groups_alone_start_from_schedules_of_whole_steps() -> None:
     assert best is not None and best.score <= min(search.score(table) for table in at_once)
 
 
+def test_groups_that_take_no_time_are_no_error_of_ours() -> None:
+    """Caching them saves nothing: only full compute can be met."""
+    stats = random_stats(5, steps=10)
+    times = stats.times_ms.copy()
+    times[:, :-2] = 0
+    idle = replace(stats, times_ms=times)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        compile_plan(idle, 0.5, units=("groups",))
+    assert compile_plan(idle, 1.0, units=("groups",)).predicted.compute_share == 1.0
+
+
 @pytest.mark.parametrize("units", UNITS)
 def test_a_larger_budget_is_never_foretold_worse_and_is_used(units: tuple[str, ...]) -> None:
     stats = random_stats(11, steps=16, prompts=5)

@@ -100,20 +100,21 @@ class _Deltas:
             row = self.table[:, jobs.scale_steps.index(step), groups[0]]
             row[:] = delta.flatten(1).norm(dim=1).cpu().numpy()
 
-    def responses(self) -> NDArray[np.float64]:
-        """(B, K, G(G-1)/2, 3) what later groups answer to earlier ones, as in `CalibrationStats`.
+    @property
+    def joint_steps(self) -> tuple[int, ...]:
+        """Where two groups were replaced: none of another component, nor a segment's first."""
+        return tuple(sorted({step for step, _ in self.joint}))
 
-        Zero at steps of another component, and where a segment begins.
-        """
-        steps, couples = self.jobs.joint_steps, self.jobs.couples
+    def responses(self) -> NDArray[np.float64]:
+        """(B, K, G(G-1)/2, 3) answers of later groups to earlier ones, as in `CalibrationStats`."""
+        steps, couples = self.joint_steps, self.jobs.couples
         found = np.zeros((len(self.table), len(steps), len(couples), 3))
         for (step, groups), both in self.joint.items():
             first, second = (self.table[:, step, group, 0].astype(np.float64) for group in groups)
             answer = first + second - both
             row = found[:, steps.index(step), couples.index((groups[0], groups[1]))]
-            for column, (left, right) in enumerate(
-                ((answer, first), (answer, answer), (first, first))
-            ):
+            products = ((answer, first), (answer, answer), (first, first))
+            for column, (left, right) in enumerate(products):
                 row[:, column] = np.einsum("bs,bs->b", left, right)
         return found
 
@@ -217,7 +218,7 @@ def _measured(
     shared: _Shared,
 ) -> Measured:
     """What a batch gave for one component."""
-    name, jobs, call, prompts = found.component, found.jobs, shared.call, len(shared.velocities)
+    name, call, prompts = found.component, shared.call, len(shared.velocities)
     calls = [step for step in run.calls if step.component == name]
     return Measured(
         sigmas=run.levels,
@@ -228,7 +229,7 @@ def _measured(
         latents=shared.latents,
         deltas=table[:, run.first],
         responses=found.responses(),
-        response_sigmas=np.array([run.levels[step] for step in jobs.joint_steps]),
+        response_sigmas=np.array([run.levels[step] for step in found.joint_steps]),
         times_ms=np.tile(_times(run, performers, name), (prompts, 1)),
         image_gain=shared.image_gain,
         amplification=shared.amplification,

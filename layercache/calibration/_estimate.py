@@ -146,8 +146,8 @@ def estimate_run(
             recorded[index] += ratio * float(row.sum()) * _replayed_forwards(jobs, index, row)
     computed = float(recorded.sum() + sum(again[step + 1 :].sum() for step in reruns))
     outside = float(np.mean([row[-1] for row in warm.values()]))
-    loops = (3 + len(reruns) + len(jobs.replays)) * jobs.steps
-    each = computed + loops * outside + 2 * trial.fixed_seconds
+    loops = (4 + len(reruns) + len(jobs.replays)) * jobs.steps
+    each = computed + loops * outside + 3 * trial.fixed_seconds
     size = min(sketch_size, run.velocities[0][0].numel())
     sketch = jobs.steps * (2 + jobs.groups * jobs.lags) * size * 4
     return CalibrationEstimate(

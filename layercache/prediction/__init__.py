@@ -9,7 +9,7 @@
 from layercache.prediction._cells import GroupCells
 from layercache.prediction._moves import Table
 from layercache.prediction._prices import STEP_LAGS, price, uncacheable
-from layercache.prediction._search import Search
+from layercache.prediction._search import Propose, Search
 from layercache.prediction.error import DEPTH, ErrorModel, Fit, predicted_psnr
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ErrorModel",
     "Fit",
     "GroupCells",
+    "Propose",
     "Search",
     "Table",
     "predicted_psnr",

@@ -43,7 +43,7 @@ class Responses:
         inner, answer, change = np.moveaxis(stats.responses.sum(axis=0), -1, 0)
         sigmas, known = stats.sigmas[:-1], stats.response_sigmas
         for index, (earlier, later) in enumerate(zip(*np.triu_indices(groups, 1), strict=True)):
-            # Nothing was measured at steps of another model, or where a segment begins.
+            # A group that changes nothing needs no answer.
             found = np.flatnonzero(change[:, index] > 0)[::-1]
             if not len(found):
                 continue
@@ -55,7 +55,7 @@ class Responses:
     def changes(
         self, step: int, cells: CachedCells, before: Mapping[int, FloatArray]
     ) -> tuple[FloatArray, FloatArray]:
-        """X (G, P, N) of a step, and (P,) the variance of their sum.
+        """Changes x (G, P, N) of a step, and (P,) the variance of their sum.
 
         Args:
             step: t.

@@ -6,7 +6,6 @@ Shape suffixes: P prompts, T steps, G groups, M lags, S sketch size.
 from __future__ import annotations
 
 import hashlib
-import operator
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from layercache._write import write_file
 from layercache.errors import ModelMismatchError, StatsError
 from layercache.stats._difference import difference
 from layercache.stats._file import archive_bytes, read_archive
+from layercache.stats._group import Group
 from layercache.stats._validation import ARRAYS, SHARED, check_stats, require_each
 
 __all__ = [
@@ -36,32 +36,6 @@ FloatArray = NDArray[np.floating[Any]]
 SCHEMA_VERSION = 4
 """Versions 1 to 3 were drafts that no release wrote."""
 _WHOLE = ("branches", "velocity_bytes", "output_bytes", "numel", "probes", "passes", "sketch_seed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Contiguous blocks `start` (included) to `stop` (excluded) of one block list."""
-
-    block_list: str
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        for name in ("start", "stop"):
-            # Integers of other libraries too; they have to fit into JSON.
-            object.__setattr__(self, name, int(operator.index(getattr(self, name))))
-        if not isinstance(self.block_list, str):
-            raise TypeError(f"block_list is {self.block_list!r}, not text")
-        if not 0 <= self.start < self.stop:
-            raise StatsError(
-                f"group {self.block_list}[{self.start}:{self.stop}] has no blocks: "
-                "0 <= start < stop must hold"
-            )
-
-    @property
-    def name(self) -> str:
-        """For example `transformer_blocks[0:8]`."""
-        return f"{self.block_list}[{self.start}:{self.stop}]"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -169,6 +169,12 @@ def test_two_experts_are_calibrated_in_one_run_as_they_are_apart() -> None:
     made = both["transformer"].loads[:, 0] > 0
     assert made[0] and not made[-1]
     assert not both["transformer"].deltas[:, ~made].any()
+    # Two groups at once were measured where a model had made the step before, and nowhere else.
+    for name, own in (("transformer", made), ("transformer_2", ~made)):
+        stats = both[name]
+        steps = [int(np.flatnonzero(stats.sigmas == sigma)[0]) for sigma in stats.response_sigmas]
+        assert steps and all(own[step] and own[step - 1] for step in steps)
+        assert (stats.responses[..., 2] > 0).all()
 
 
 @pytest.mark.parametrize("component", ["scheduler", "decoder", (), ("transformer", "transformer")])

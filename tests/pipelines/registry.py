@@ -22,8 +22,6 @@ _MODULES = (qwen_image, flux, sd3, z_image, hunyuan, wan, video, images, more_im
 ENTRIES: tuple[Entry, ...] = tuple(entry for module in _MODULES for entry in module.ENTRIES)
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 SLACK_DB = 9.0
-EXACT_DB = 100.0
-"""What rounding leaves of float32: more may be foretold, and is not seen."""
 """How far a run on the calibrated prompt may fall short of its plan's predicted PSNR. The worst are
 LTX2's groups: errors of the audio, which come back to the video, have no price."""
 
